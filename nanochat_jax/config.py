@@ -1,0 +1,527 @@
+"""Every setting: its default, its type, its meaning, and what makes it invalid.
+
+Defaults live in these frozen dataclasses and nowhere else. A config file starts from
+`defaults()` (a locked ConfigDict holding all of them), changes values, and returns it;
+`resolve()` turns it into a `Config` and checks everything before a device or file is touched.
+This module never imports jax, so that `--help` and config errors come at once.
+
+A technique is off at its neutral value (loop.count=1, window=(), softcap=0.0, quant="full"):
+there are no `use_x` switches.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message says what was expected, what was got, and where."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """LoopLM (arXiv:2510.25741): the whole stack of layers is applied `count` times."""
+
+    count: int = 1  # 1 = an ordinary transformer
+    norm: bool = False  # RMS-normalize the stream after every loop but the last
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and block options of the transformer."""
+
+    vocab_size: int = 4096  # token ids; the table is padded to a multiple of 128 and masked
+    dim: int = 256  # width of the residual stream
+    layers: int = 4
+    heads: int = 4  # query heads
+    kv_heads: int = 4  # key/value heads; heads must be a multiple
+    head_dim: int = 64
+    mlp: str = "swiglu"  # one of MLP_KINDS
+    mlp_dim: int = 768
+    norm: str = "weighted"  # RMSNorm with a learned gain, or "weightless"
+    norm_eps: float = 1e-6
+    sub_norm: bool = False  # SubLN: RMSNorm before the output projections of attention and MLP
+    embed_norm: bool = False  # RMSNorm after the token embedding
+    qk_norm: str = "none"  # one of QK_NORMS: RMSNorm of queries and keys around the rotary step
+    qk_gain: float = 1.0  # constant factor on queries and on keys after the norm
+    rope_theta: float = 10000.0
+    softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0 = no cap
+    tied: bool = False  # the head is the transposed embedding
+    embed_std: float = 0.02  # standard deviation of the initial embedding
+    window: tuple[int, ...] = ()  # attention window per layer, tiled; 0 = full; () = all full
+    value_embed_every: int = 0  # every k-th layer counted from the last has value embeddings
+    residual_scalars: bool = False  # learned scale of the stream before each layer
+    x0_scalars: bool = False  # learned share of the embedding added before each layer
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    quant: str = "full"  # one of QUANT_PRESETS: which matrices are ternary
+    quant_group: int = 0  # inputs that share one ternary scale; 0 = one scale per matrix
+    dtype: str = "auto"  # compute dtype: auto = bfloat16 on GPU and TPU, float32 on CPU
+    remat: str = "none"  # one of REMAT: what the backward pass recomputes
+    unroll: int = 0  # layers per step of the layer scan; 0 = all of them on CPU, else 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of tokens."""
+
+    source: str = "stdlib"  # stdlib | rust | hf:<dataset> | tokens:<file> | a path or glob
+    tokenizer: str = "bpe"  # bpe (trained on the source) | bytes | path of a tokenizer.json
+    seq_len: int = 256  # tokens per row
+    batch: int = 8  # rows per optimizer step, over all devices
+    isolate: bool = True  # documents in one row do not attend to one another
+    shuffle: bool = True
+    val_percent: int = 1  # share of documents held out, chosen by a hash of their content
+    max_bytes: int = 0  # stop reading the corpus after so many bytes of text; 0 = read all
+    text_key: str = "text"  # field of JSONL and Parquet rows, column of a dataset
+    workers: int = 2  # threads that prepare batches
+    prefetch: int = 4  # batches prepared ahead
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Optimizer of one parameter group."""
+
+    name: str = "adamw"  # one of the names in optim.build.OPTIMIZERS
+    lr: float = 3e-3  # peak learning rate
+    weight_decay: float = 0.0  # decoupled
+    beta1: float = 0.9  # first-moment decay (Muon: momentum)
+    beta2: float = 0.95  # second-moment decay
+    eps: float = 1e-10
+    steps: int = 5  # Newton-Schulz iterations (Muon)
+    coefficients: str = "polar_express"  # one of the names in optim.muon.COEFFICIENTS
+    scale: str = "original"  # one of the names in optim.muon.SCALES
+    cautious: bool = False  # decay only where the update agrees in sign with the weight
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning-rate factor over the run; multiplies every group's peak."""
+
+    kind: str = "wsd"  # wsd | cosine | linear
+    warmup_steps: int = 20
+    decay_fraction: float = 0.4  # share of the run spent decaying (wsd)
+    decay_shape: str = "linear"  # linear | cosine | sqrt (wsd)
+    floor: float = 0.1  # factor at the end
+    rewarm_steps: int = 0  # steps to climb again when a finished run is extended; 0 = refuse
+
+
+@dataclass(frozen=True)
+class OptConfig:
+    """The optimizer chain: outer(clip -> partition{group: direction -> decay -> lr})."""
+
+    matrix: GroupConfig = GroupConfig(name="muon", lr=0.02, beta1=0.95)
+    embed: GroupConfig = GroupConfig(lr=0.03, beta1=0.8, beta2=0.95)
+    head: GroupConfig = GroupConfig(lr=0.004, beta1=0.8, beta2=0.95)
+    scalar: GroupConfig = GroupConfig(lr=0.01, beta1=0.8, beta2=0.95)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    decay_to_zero: bool = False  # weight decay follows a cosine to 0 at the last step
+    clip: float = 1.0  # global gradient norm; 0 = no clipping
+    skip_nonfinite: int = 5  # non-finite steps in a row that are skipped before the run stops
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 400
+    microbatches: int = 1  # gradient accumulation: the batch is cut into so many pieces
+    loss: tuple[tuple[str, float], ...] = (("next_token", 1.0),)  # (term, weight), losses.TERMS
+    loss_chunk: int = 512  # tokens whose logits exist at once
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; the product is the number of devices used."""
+
+    data: int = 1  # replicas
+    fsdp: int = 1  # batch and parameters split
+    tensor: int = 1  # single matrices split
+
+
+@dataclass(frozen=True)
+class CkptConfig:
+    """What is saved, when, and what is kept."""
+
+    every_steps: int = 0  # 0 = by time only, and at the end
+    every_minutes: float = 10.0  # 0 = by steps only, and at the end
+    keep_last: int = 3
+    keep_every_steps: int = 0  # additionally keep every checkpoint whose step is a multiple
+    init_from: str = ""  # another run's workdir: start from its parameters
+    verify: str = "size"  # size | sha256: how files are compared with the manifest on restore
+    min_free_gb: float = 1.0  # refuse to start a save that would leave less free disk
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation and samples during training."""
+
+    every_steps: int = 200  # 0 = only at the end
+    batches: int = 16  # held-out batches (of data.batch rows); always the same ones; 0 = all
+    prompt: str = "def "  # text that the samples continue
+    sample_tokens: int = 120  # 0 = no samples
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Metrics out."""
+
+    every_steps: int = 20
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """Defaults of `python -m nanochat_jax.inference`."""
+
+    max_tokens: int = 200
+    temperature: float = 0.8  # 0 = greedy
+    top_k: int = 50  # 0 = all
+    top_p: float = 1.0
+    capacity: int = 1024  # slots of the key/value cache: prompt and answer together
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. `name` also names the default workdir, runs/<name>."""
+
+    name: str = "run"
+    seed: int = 0
+    workdir: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    opt: OptConfig = field(default_factory=OptConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+
+
+MLP_KINDS = ("swiglu", "relu2", "reglu2")
+QK_NORMS = ("none", "before_rope", "after_rope")
+REMAT = ("none", "dots", "block")
+QUANT_PRESETS = ("full", "ternary")
+GROUPS = ("matrix", "embed", "head", "scalar")
+
+# Blocks that share options (config files write `config.model.update(BLOCKS["modern"])`).
+BLOCKS: dict[str, dict[str, Any]] = {
+    # What nanochat and modded-nanogpt converged on, with SubLN for ternary (arXiv:2504.12285).
+    "modern": {
+        "mlp": "relu2", "norm": "weightless", "sub_norm": True, "embed_norm": True,
+        "qk_norm": "after_rope", "qk_gain": 1.2, "rope_theta": 100000.0, "softcap": 15.0,
+        "tied": False, "embed_std": 0.8, "value_embed_every": 2, "residual_scalars": True,
+        "x0_scalars": True,
+    },
+    # The Qwen3 shape: loads in transformers and llama.cpp without remote code.
+    "portable": {
+        "mlp": "swiglu", "norm": "weighted", "sub_norm": False, "embed_norm": False,
+        "qk_norm": "before_rope", "qk_gain": 1.0, "rope_theta": 1000000.0, "softcap": 0.0,
+        "tied": True, "embed_std": 0.02, "value_embed_every": 0, "residual_scalars": False,
+        "x0_scalars": False,
+    },
+    # The LLaMA block of the Rust system that this project replaces (group-wise scales).
+    "seed": {
+        "mlp": "swiglu", "norm": "weighted", "sub_norm": False, "embed_norm": False,
+        "qk_norm": "none", "qk_gain": 1.0, "rope_theta": 10000.0, "softcap": 0.0, "tied": True,
+        "embed_std": 0.02, "value_embed_every": 0, "residual_scalars": False,
+        "x0_scalars": False, "quant_group": 128,
+    },
+}  # fmt: skip
+
+
+def defaults() -> ConfigDict:
+    """All settings with their default values, as a locked ConfigDict for a config file."""
+    return _to_dict(Config())
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict of a resolved config (JSON-able; tuples stay tuples)."""
+    return dataclasses.asdict(config)
+
+
+def resolve(settings: ConfigDict | dict[str, Any]) -> Config:
+    """Build and check a Config.
+
+    Raises: ConfigError with one sentence: unknown key (with the nearest known one), wrong type,
+    impossible shape, contradiction.
+    """
+    plain = settings.to_dict() if isinstance(settings, ConfigDict) else settings
+    config = _build(Config, plain, "")
+    validate(config)
+    return config
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`. Did you mean 'x'?` for the closest known name, or the list of names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f". Did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
+
+
+def all_keys(prefix: str = "", of: type = Config) -> dict[str, type]:
+    """Every setting's dotted key and its type, e.g. 'model.loop.count': int."""
+    keys: dict[str, type] = {}
+    for name, kind in typing.get_type_hints(of).items():
+        if dataclasses.is_dataclass(kind):
+            keys |= all_keys(f"{prefix}{name}.", typing.cast(type, kind))
+        else:
+            keys[prefix + name] = kind
+    return keys
+
+
+def nearest_key(key: str) -> str:
+    """Suggest a full dotted key for a mistyped one, comparing whole keys and last parts."""
+    keys = list(all_keys())
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not close:
+        last = {k.rsplit(".", 1)[-1]: k for k in keys}
+        close = [last[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, 1, 0.5)]
+    return f". Did you mean '{close[0]}'?" if close else ""
+
+
+def parse_arg(arg: str, **allowed: Any) -> types.SimpleNamespace:
+    """Parse the text after the colon of --config=file.py:key=value,key=value.
+
+    Args: allowed: known keys and their defaults; values are converted to the default's type.
+    Raises: ConfigError for an unknown key or a value of the wrong type.
+    """
+    values = dict(allowed)
+    for part in filter(None, arg.split(",")):
+        key, equals, text = part.partition("=")
+        if not equals or key not in allowed:
+            raise ConfigError(f"config argument '{part}': expected key=value{nearest(key, allowed)}")
+        kind = type(allowed[key])
+        try:
+            values[key] = kind(text)
+        except ValueError:
+            raise ConfigError(f"config argument '{key}': expected {kind.__name__}, got '{text}'") from None
+    return types.SimpleNamespace(**values)
+
+
+def padded_vocab(cfg: ModelConfig) -> int:
+    """Rows of the embedding table: vocab_size rounded up to a multiple of 128."""
+    return -(-cfg.vocab_size // 128) * 128
+
+
+def value_layers(cfg: ModelConfig) -> tuple[int, ...]:
+    """Layers that have a value embedding: every k-th, counted from the last."""
+    every = cfg.value_embed_every
+    return tuple(i for i in range(cfg.layers) if every and (cfg.layers - 1 - i) % every == 0)
+
+
+def _to_dict(node: Any) -> ConfigDict:
+    values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    return ConfigDict({k: _to_dict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()})
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"'{path[:-1]}' must be a group of settings, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"no key '{path}{key}'{nearest_key(path + str(key))}")
+    built = {}
+    for key, value in values.items():
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            built[key] = _build(typing.cast(type, kind), value, f"{path}{key}.")
+        else:
+            built[key] = _typed(kind, value, path + key)
+    return dataclasses.replace(cls(), **built)
+
+
+def _typed(kind: Any, value: Any, path: str) -> Any:
+    """The value as `kind`, or an error. int is accepted for float; lists become tuples."""
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"'{path}' must be a tuple, got {value!r}")
+        items = typing.get_args(kind)
+        inner = [items[0]] * len(value) if items[-1] is Ellipsis else list(items)
+        if len(inner) != len(value):
+            raise ConfigError(f"'{path}' must have {len(inner)} entries, got {value!r}")
+        return tuple(_typed(k, v, path) for k, v in zip(inner, value, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"'{path}' must be {kind.__name__}, got {value!r} ({type(value).__name__})")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"'{path}' must be finite, got {value}")
+    return value
+
+
+def _choice(path: str, value: str, known: typing.Iterable[str]) -> None:
+    if value not in tuple(known):
+        raise ConfigError(f"'{path}' = '{value}' is unknown{nearest(value, known)}")
+
+
+def _at_least(path: str, value: float, low: float) -> None:
+    if value < low:
+        raise ConfigError(f"'{path}' must be at least {low}, got {value}")
+
+
+def _divides(path: str, value: int, by_path: str, by: int) -> None:
+    if value % by:
+        raise ConfigError(f"'{path}' = {value} must be a multiple of '{by_path}' = {by}")
+
+
+def validate(config: Config) -> None:
+    """Check values and their combinations. Raises: ConfigError."""
+    _validate_model(config.model)
+    _validate_data(config.data)
+    _validate_opt(config.opt, config.train)
+    _validate_run(config)
+    _validate_mesh(config)
+
+
+def _validate_model(m: ModelConfig) -> None:
+    for key in ("dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim"):
+        _at_least(f"model.{key}", getattr(m, key), 1)
+    _at_least("model.vocab_size", m.vocab_size, 2)
+    _divides("model.heads", m.heads, "model.kv_heads", m.kv_heads)
+    if m.head_dim % 2:
+        raise ConfigError(f"'model.head_dim' must be even (rotary pairs), got {m.head_dim}")
+    _choice("model.mlp", m.mlp, MLP_KINDS)
+    _choice("model.norm", m.norm, ("weighted", "weightless"))
+    _choice("model.qk_norm", m.qk_norm, QK_NORMS)
+    _choice("model.quant", m.quant, QUANT_PRESETS)
+    _choice("model.dtype", m.dtype, ("auto", "float32", "bfloat16"))
+    _choice("model.remat", m.remat, REMAT)
+    for key in ("norm_eps", "qk_gain", "rope_theta", "embed_std"):
+        if getattr(m, key) <= 0:
+            raise ConfigError(f"'model.{key}' must be positive, got {getattr(m, key)}")
+    for key in ("softcap", "value_embed_every", "quant_group", "unroll"):
+        _at_least(f"model.{key}", getattr(m, key), 0)
+    _at_least("model.loop.count", m.loop.count, 1)
+    if m.loop.norm and m.loop.count == 1:
+        raise ConfigError("'model.loop.norm' has no effect because model.loop.count is 1")
+    if m.qk_gain != 1.0 and m.qk_norm == "none":
+        raise ConfigError("'model.qk_gain' has no effect because model.qk_norm is 'none'")
+    for window in m.window:
+        _at_least("model.window", window, 0)
+    if m.quant_group:
+        if m.quant == "full":
+            raise ConfigError("'model.quant_group' has no effect because model.quant is 'full'")
+        for key, value in (("dim", m.dim), ("mlp_dim", m.mlp_dim), ("heads * head_dim", m.heads * m.head_dim)):
+            _divides(f"model.{key}", value, "model.quant_group", m.quant_group)
+    if m.unroll:
+        _divides("model.layers", m.layers, "model.unroll", m.unroll)
+        period = layer_period(m)
+        if m.unroll % period:
+            raise ConfigError(
+                f"'model.unroll' = {m.unroll} must be a multiple of {period}, the period of "
+                "model.window and model.value_embed_every, or 0"
+            )
+
+
+def layer_period(m: ModelConfig) -> int:
+    """Layers after which static per-layer options repeat; all of them if they do not divide."""
+    period = math.lcm(max(1, len(m.window)), max(1, m.value_embed_every))
+    return period if m.layers % period == 0 else m.layers
+
+
+def _validate_data(d: DataConfig) -> None:
+    if not d.source:
+        raise ConfigError("'data.source' is empty; expected stdlib, rust, a path, a glob, or hf:<dataset>")
+    _at_least("data.seq_len", d.seq_len, 2)
+    _at_least("data.batch", d.batch, 1)
+    _at_least("data.workers", d.workers, 0)
+    _at_least("data.prefetch", d.prefetch, 1)
+    _at_least("data.max_bytes", d.max_bytes, 0)
+    if not 1 <= d.val_percent <= 50:
+        raise ConfigError(f"'data.val_percent' must be in 1..50, got {d.val_percent}")
+
+
+def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
+    for group in GROUPS:
+        g: GroupConfig = getattr(o, group)
+        path = f"opt.{group}"
+        _choice(f"{path}.name", g.name, ("muon", "adamw", "lion"))
+        if g.name == "muon" and group != "matrix":
+            raise ConfigError(f"'{path}.name' = 'muon' works on matrices only; use adamw or lion")
+        _choice(f"{path}.coefficients", g.coefficients, ("jordan", "polar_express", "dion"))
+        _choice(f"{path}.scale", g.scale, ("original", "rms", "spectral"))
+        _at_least(f"{path}.steps", g.steps, 1)
+        _at_least(f"{path}.weight_decay", g.weight_decay, 0)
+        for key in ("lr", "eps"):
+            if getattr(g, key) <= 0:
+                raise ConfigError(f"'{path}.{key}' must be positive, got {getattr(g, key)}")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(g, key) < 1:
+                raise ConfigError(f"'{path}.{key}' must be in [0, 1), got {getattr(g, key)}")
+    s = o.schedule
+    _choice("opt.schedule.kind", s.kind, ("wsd", "cosine", "linear"))
+    _choice("opt.schedule.decay_shape", s.decay_shape, ("linear", "cosine", "sqrt"))
+    _at_least("opt.schedule.warmup_steps", s.warmup_steps, 0)
+    _at_least("opt.schedule.rewarm_steps", s.rewarm_steps, 0)
+    for key in ("floor", "decay_fraction"):
+        if not 0 <= getattr(s, key) <= 1:
+            raise ConfigError(f"'opt.schedule.{key}' must be in [0, 1], got {getattr(s, key)}")
+    if s.warmup_steps >= t.steps:
+        raise ConfigError(
+            f"'opt.schedule.warmup_steps' = {s.warmup_steps} must be less than 'train.steps' = {t.steps}"
+        )
+    if s.kind == "wsd" and s.warmup_steps + round(s.decay_fraction * t.steps) > t.steps:
+        raise ConfigError(
+            f"'opt.schedule.decay_fraction' = {s.decay_fraction} of {t.steps} steps and "
+            f"{s.warmup_steps} warm-up steps exceed the run; lower one"
+        )
+    _at_least("opt.clip", o.clip, 0)
+    _at_least("opt.skip_nonfinite", o.skip_nonfinite, 0)
+
+
+def _validate_run(c: Config) -> None:
+    if not c.name or any(ch in c.name for ch in "/\\ \t\n"):
+        raise ConfigError(f"'name' must be a word without slashes or spaces, got {c.name!r}")
+    if not 0 <= c.seed < 2**31:
+        raise ConfigError(f"'seed' must be in 0..2^31-1, got {c.seed}")
+    t = c.train
+    _at_least("train.steps", t.steps, 1)
+    _at_least("train.microbatches", t.microbatches, 1)
+    _at_least("train.loss_chunk", t.loss_chunk, 1)
+    _divides("data.batch", c.data.batch, "train.microbatches", t.microbatches)
+    if not any(weight for _, weight in t.loss):
+        raise ConfigError(f"'train.loss' needs a term with a weight, got {t.loss!r}")
+    for name, _ in t.loss:
+        _choice("train.loss", name, ("next_token", "z", "logit_entropy"))
+    k = c.ckpt
+    _at_least("ckpt.every_steps", k.every_steps, 0)
+    _at_least("ckpt.every_minutes", k.every_minutes, 0)
+    _at_least("ckpt.keep_last", k.keep_last, 1)
+    _at_least("ckpt.keep_every_steps", k.keep_every_steps, 0)
+    _at_least("ckpt.min_free_gb", k.min_free_gb, 0)
+    _choice("ckpt.verify", k.verify, ("size", "sha256"))
+    _at_least("eval.every_steps", c.eval.every_steps, 0)
+    _at_least("eval.batches", c.eval.batches, 0)
+    _at_least("eval.sample_tokens", c.eval.sample_tokens, 0)
+    _at_least("log.every_steps", c.log.every_steps, 1)
+    i = c.infer
+    _at_least("infer.max_tokens", i.max_tokens, 1)
+    _at_least("infer.temperature", i.temperature, 0)
+    _at_least("infer.top_k", i.top_k, 0)
+    _at_least("infer.capacity", i.capacity, 2)
+    if not 0 < i.top_p <= 1:
+        raise ConfigError(f"'infer.top_p' must be in (0, 1], got {i.top_p}")
+
+
+def _validate_mesh(c: Config) -> None:
+    mesh = c.mesh
+    for key in ("data", "fsdp", "tensor"):
+        _at_least(f"mesh.{key}", getattr(mesh, key), 1)
+    rows = c.data.batch // c.train.microbatches
+    _divides("data.batch / train.microbatches", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    m = c.model
+    for path, size, axis in (
+        ("model.heads * model.head_dim", m.heads * m.head_dim, "tensor"),
+        ("model.kv_heads * model.head_dim", m.kv_heads * m.head_dim, "tensor"),
+        ("model.mlp_dim", m.mlp_dim, "tensor"),
+        ("model.dim", m.dim, "fsdp"),
+    ):
+        _divides(path, size, f"mesh.{axis}", getattr(mesh, axis))

@@ -1,0 +1,57 @@
+"""The few records that every room speaks, and three aliases.
+
+If you want another one, ask whether a function argument would do.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from flax import struct
+
+Params = dict[str, Any]  # nested dicts; leaves are arrays (or packed leaves when serving)
+Metrics = dict[str, jax.Array]  # scalar float32 each, named "group/name"
+Key = jax.Array  # a typed PRNG key
+
+
+@struct.dataclass
+class Batch:
+    """One batch of packed rows, every field [B, L].
+
+    `targets[t]` is the token after `tokens[t]` (shifted once, in `data.packing`); `weights` is 0
+    where that target must not be learned (padding, first token of another document).
+    Tokens attend to one another only within equal `segments`; `positions` restart per segment.
+    """
+
+    tokens: jax.Array  # int32
+    targets: jax.Array  # int32
+    weights: jax.Array  # float32, usually 0 or 1
+    segments: jax.Array  # int32, >= 1; 0 is padding
+    positions: jax.Array  # int32
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes. No functions and no keys: the step's key is (seed, step)."""
+
+    step: jax.Array  # int32 []
+    params: Params
+    opt_state: optax.OptState
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of earlier tokens. R loops, N layers, B rows, T slots, G heads, K width."""
+
+    k: jax.Array  # [R, N, B, T, G, K]
+    v: jax.Array  # [R, N, B, T, G, K]
+    length: jax.Array  # int32 [B]: slots in use per row
+
+
+@struct.dataclass
+class Output:
+    """What `model.transformer.forward` returns."""
+
+    hidden: jax.Array  # [B, L, D], after the last norm, before the head
+    cache: KVCache | None
+    aux: Metrics
