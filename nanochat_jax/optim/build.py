@@ -1,0 +1,136 @@
+"""From settings to one optax transform: skip(clip -> partition{group: direction -> decay -> rate}).
+
+The dicts below are the only places where a name becomes a transform. Parameters are told apart
+by their paths (LABEL_RULES), never by rank: a stack of norm gains has rank 2 as well.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nanochat_jax import params as params_lib
+from nanochat_jax.config import GROUPS, GroupConfig, OptConfig
+from nanochat_jax.optim import lion, muon, schedules, skip
+from nanochat_jax.types import Metrics
+
+# Settings of a group -> direction (no learning rate, no sign).
+OPTIMIZERS: dict[str, Callable[[GroupConfig], optax.GradientTransformation]] = {
+    "muon": lambda g: muon.scale_by_muon(g.beta1, g.steps, g.coefficients, g.scale),
+    "adamw": lambda g: optax.scale_by_adam(g.beta1, g.beta2, g.eps),
+    "lion": lambda g: lion.scale_by_lion(g.beta1, g.beta2),
+}
+
+# Applied in order to the complete transform, each a no-op at its setting's neutral value.
+OUTER: dict[str, Callable[[optax.GradientTransformation, OptConfig], optax.GradientTransformation]] = {
+    "skip_nonfinite": lambda tx, cfg: skip.skip_nonfinite(tx) if cfg.skip_nonfinite else tx,
+}
+
+# (regex on the whole path, group); the first match wins.
+LABEL_RULES = (
+    (r"blocks/(attn|mlp)/(q|k|v|o|gate|up|down)", "matrix"),
+    (r"embed|value/embed", "embed"),
+    (r"head", "head"),
+    (r".*", "scalar"),
+)
+
+Schedules = dict[str, Callable[[jax.typing.ArrayLike], jax.Array]]  # group -> (step -> learning rate)
+
+
+def labels(tree: Any) -> Any:
+    """The group of every leaf, in a tree of the same structure."""
+    return params_lib.label(tree, LABEL_RULES)
+
+
+def build(
+    cfg: OptConfig, steps: int, start_factor: float | None = None, start_step: int = 0
+) -> tuple[optax.GradientTransformation, Schedules]:
+    """The optimizer of a run, and its learning rates.
+
+    Args:
+        cfg: groups, schedule, clipping and skipping.
+        steps: updates of the whole run.
+        start_factor: last factor used, when a run is extended with opt.schedule.rewarm_steps
+            (`schedules.check_extension` returns it); None = the plain schedule.
+        start_step: first update of the extension.
+
+    Returns: (tx, schedules). `tx` needs `params` in update; weight decay is decoupled and
+        multiplied by the learning rate. `schedules` maps each group to a function from the count
+        of applied updates (skipped ones do not count) to its learning rate.
+    Raises: ValueError for unknown names or an impossible schedule.
+    """
+    factor = schedules.schedule(cfg.schedule, steps)
+    if start_factor is not None:
+        factor = schedules.rewarmed(factor, start_factor, start_step, cfg.schedule.rewarm_steps)
+    shrink = schedules.decay_to_zero(steps) if cfg.decay_to_zero else None
+
+    groups: dict[str, GroupConfig] = {name: getattr(cfg, name) for name in GROUPS}
+    rates = {name: _times(group.lr, factor) for name, group in groups.items()}
+    transforms = {
+        name: optax.chain(direction(group), decay(group, shrink), optax.scale_by_learning_rate(rates[name]))
+        for name, group in groups.items()
+    }
+    clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
+    tx: optax.GradientTransformation = optax.chain(clip, optax.partition(transforms, labels))
+    for outer in OUTER.values():
+        tx = outer(tx, cfg)
+    return tx, rates
+
+
+def direction(group: GroupConfig) -> optax.GradientTransformation:
+    """The direction that a group's settings name.
+
+    Raises: ValueError for an unknown optimizer.
+    """
+    if group.name not in OPTIMIZERS:
+        raise ValueError(f"no optimizer '{group.name}'; known: {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[group.name](group)
+
+
+def decay(group: GroupConfig, factor: schedules.Factor | None = None) -> optax.GradientTransformation:
+    """Decoupled weight decay of a group, times a factor of the update count if one is given."""
+    if group.weight_decay == 0:
+        return optax.identity()
+    add = add_cautious_decay if group.cautious else optax.add_decayed_weights
+    return add(group.weight_decay if factor is None else _times(group.weight_decay, factor))
+
+
+def add_cautious_decay(weight_decay: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    """Add weight_decay * w to the direction u only where u * w >= 0.
+
+    There, descent along u shrinks the weight anyway; elsewhere decay would work against it.
+
+    Args: weight_decay: float, or schedule of the update count.
+    Returns: transform like `optax.add_decayed_weights`, to stand before the learning rate.
+    Raises: ValueError from update without params.
+    """
+    plain = optax.add_decayed_weights(weight_decay)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        decayed, state = plain.update(updates, state, params)
+        agree = lambda u, d, p: jnp.where(u * p >= 0, d, u)
+        return jax.tree.map(agree, updates, decayed, params), state
+
+    return optax.GradientTransformationExtraArgs(plain.init, update)
+
+
+def learning_rates(
+    schedules: Mapping[str, Callable[[jax.typing.ArrayLike], jax.Array]], step: jax.typing.ArrayLike
+) -> Metrics:
+    """Metrics "opt/lr_<group>" of the update with index `step`.
+
+    Args:
+        schedules: from `build`.
+        step: int32 [], number of updates applied before (without skipped ones).
+
+    Returns: float32 [] per group.
+    """
+    return {f"opt/lr_{name}": rate(step) for name, rate in schedules.items()}
+
+
+def _times(peak: float, factor: schedules.Factor) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+    """Schedule peak * factor(step)."""
+    return lambda step: peak * factor(step)
