@@ -1,0 +1,65 @@
+"""Pick an implementation of an operation: try them in order, collect refusals, probe speed.
+
+An operation is one function with a dict of implementations. An implementation that cannot serve a
+shape, dtype or device raises `NotImplementedError(reason)`; `first` takes the next one. Where
+several implementations give the same bits, `fastest` times them once per process on this device.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def first(impls: Mapping[str, Callable[..., Any]], impl: str, *args: Any, **kwargs: Any) -> Any:
+    """Call the implementation named `impl`, or for "auto" the first that accepts.
+
+    Raises: ValueError for an unknown name; ExceptionGroup with every reason if none accepts.
+    """
+    if impl != "auto" and impl not in impls:
+        raise ValueError(f"unknown implementation '{impl}'; known: auto, {', '.join(impls)}")
+    names = impls if impl == "auto" else (impl,)
+    refusals: list[Exception] = []
+    for name in names:
+        try:
+            return impls[name](*args, **kwargs)
+        except NotImplementedError as refusal:
+            refusals.append(NotImplementedError(f"{name}: {refusal}"))
+    raise ExceptionGroup("no implementation accepts these arguments", refusals)
+
+
+def fastest(impls: Mapping[str, Callable[..., Any]], arguments: Callable[[], tuple], runs: int = 5) -> str:
+    """Name of the implementation with the lowest best-of-`runs` time on the default device.
+
+    For implementations with identical results only: the choice may differ between processes.
+    Args: arguments: makes the arguments that every implementation is timed with. Call this outside
+    of a jit trace, or inside one: the probe compiles and runs on concrete arrays either way.
+    """
+    with jax.ensure_compile_time_eval():
+        concrete = jax.tree.map(np.asarray, arguments())
+    times = {}
+    for name, function in impls.items():
+        try:
+            times[name] = _best_time(function, concrete, runs)
+        except NotImplementedError:
+            continue
+    return min(times, key=lambda name: times[name])
+
+
+def _best_time(function: Callable[..., Any], concrete: tuple, runs: int) -> float:
+    compiled = jax.jit(function).lower(*concrete).compile()
+    best = float("inf")
+    for _ in range(runs + 1):  # the first run warms up
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*concrete))
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@functools.cache
+def backend() -> str:
+    """Platform of the default device: cpu, gpu or tpu."""
+    return jax.default_backend()

@@ -1,0 +1,61 @@
+"""Exact integer matmul of small integers: int8 operands, exact accumulators.
+
+Three carriers give the same bits (|q| <= 127, |t| <= 1 are exact in bfloat16, and products and
+sums are exact in float32 while 127 * depth < 2**24), so the fastest on this device is chosen by a
+probe, once per process: int8 dot products are the quickest on CPUs with AVX-512-VNNI and on GPUs
+with integer tensor cores, floats elsewhere.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanochat_jax.kernels import dispatch
+
+MAX_DEPTH = 2**24 // 127  # contraction length up to which float32 accumulation is exact
+
+
+def _int8(q: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.matmul(q, t, preferred_element_type=jnp.int32).astype(jnp.float32)
+
+
+def _float(q: jax.Array, t: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if q.shape[-1] > MAX_DEPTH:
+        raise NotImplementedError(f"depth {q.shape[-1]} exceeds {MAX_DEPTH}: float32 sums are not exact")
+    # HIGHEST: on GPU, float32 products would otherwise pass through TF32 (exact too, but slower
+    # to reason about); for bfloat16 operands the setting changes nothing.
+    return jnp.matmul(
+        q.astype(dtype), t.astype(dtype), preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+    )
+
+
+IMPLS = {
+    "int8": _int8,
+    "bfloat16": functools.partial(_float, dtype=jnp.bfloat16),
+    "float32": functools.partial(_float, dtype=jnp.float32),
+}
+
+
+@functools.cache
+def preferred() -> str:
+    """The carrier that is fastest on the default device (probed once per process)."""
+    rng = np.random.default_rng(0)
+
+    def arguments() -> tuple[np.ndarray, np.ndarray]:
+        q = rng.integers(-127, 128, (512, 512)).astype(np.int8)
+        t = rng.integers(-1, 2, (512, 512)).astype(np.int8)
+        return q, t
+
+    return dispatch.fastest(IMPLS, arguments)
+
+
+def integer_matmul(q: jax.Array, t: jax.Array, *, impl: str = "auto") -> jax.Array:
+    """q @ t with exact accumulation.
+
+    Args: q: int8 [..., m]. t: int8 [m, n]. impl: "auto" (the probed carrier) or a name in IMPLS.
+    Returns: float32 [..., n] holding exact integers (for m <= 132104).
+    """
+    order = [preferred(), *IMPLS] if impl == "auto" else [impl]
+    return dispatch.first({name: IMPLS[name] for name in order}, "auto", q, t)

@@ -1,0 +1,175 @@
+"""Loss terms over token predictions, with logits that never exist for the whole batch.
+
+All terms that read the main logits share one pass: `token_loss` walks the sequence in chunks, and
+when it is differentiated it forms the gradients of a chunk's logits while they are there (the
+weights of the terms are known in advance, so nothing is recomputed and nothing is stored).
+
+    nll_t = lse(z) - z[target]      z-loss = lse(z)^2      entropy H = -sum p log p
+    d/dz  = p - onehot              2 lse(z) p             -p (log p + H)
+
+Sums, not means: the train step scales `batch.weights` to sum to 1 over the whole global batch, so
+that microbatches and shards add up to exactly the large batch.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.config import ModelConfig
+from nanochat_jax.model import transformer
+from nanochat_jax.quant import project as projections
+from nanochat_jax.types import Batch, Key, Metrics, Params
+
+# term -> per-token statistic of the logits it sums, and its sign in the loss
+TERMS: dict[str, tuple[str, float]] = {
+    "next_token": ("nll", 1.0),
+    "z": ("z", 1.0),  # arXiv:2204.02311: keeps log-partition near 0
+    "logit_entropy": ("entropy", -1.0),  # a bonus: minimizing it raises the entropy
+}
+STATISTICS = ("nll", "z", "entropy")
+
+LossFn = Callable[[Params, Batch, Key], tuple[jax.Array, Metrics]]
+
+
+def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int = 512) -> LossFn:
+    """Build loss_fn(params, batch, key) -> (scalar, metrics).
+
+    Args: terms: (name in TERMS, weight). chunk: tokens whose logits exist at once.
+    The loss is the sum over tokens of batch.weights * sum_i weight_i * term_i. Metrics hold each
+    term's own weighted sum as "loss/<name>", and "loss/entropy".
+    """
+    project = projections.from_config(cfg)
+    coefficients = dict.fromkeys(STATISTICS, 0.0)
+    for name, weight in terms:
+        statistic, sign = TERMS[name]
+        coefficients[statistic] += sign * weight
+
+    def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+        output = transformer.forward(cfg, project, params, batch)
+        total, sums = token_loss(
+            cfg, chunk, tuple(coefficients.items()),
+            output.hidden, transformer.head(cfg, params), batch.targets, batch.weights,
+        )  # fmt: skip
+        metrics = {f"loss/{name}": sums[TERMS[name][0]] for name, _ in terms}
+        metrics |= {"loss/next_token": sums["nll"], "loss/entropy": sums["entropy"]}
+        return total, metrics | output.aux
+
+    return loss_fn
+
+
+def make_token_nll(cfg: ModelConfig, chunk: int = 512) -> Callable[[Params, Batch], jax.Array]:
+    """Build nll_fn(params, batch) -> float32 [B, L], the plain cross-entropy in nats per target."""
+    project = projections.from_config(cfg)
+
+    def nll_fn(params: Params, batch: Batch) -> jax.Array:
+        hidden = transformer.forward(cfg, project, params, batch).hidden
+        head = transformer.head(cfg, params)
+
+        def step(_, piece):
+            return None, _statistics(cfg, _logits(cfg, piece[0], head)[1], piece[1])["nll"]
+
+        _, nll = jax.lax.scan(step, None, _chunks(chunk, hidden, batch.targets))
+        return jnp.moveaxis(nll, 0, 1).reshape(batch.targets.shape)
+
+    return nll_fn
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def token_loss(
+    cfg: ModelConfig,
+    chunk: int,
+    coefficients: tuple[tuple[str, float], ...],
+    hidden_BLD: jax.Array,
+    head_DV: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """sum_t weights_t * sum_i coefficient_i * statistic_i(t), in chunks of the sequence.
+
+    Returns: (float32 scalar, {statistic: its weighted sum}); the dict carries no gradient, nor do
+    weights and targets.
+    """
+    return _scan(cfg, chunk, coefficients, hidden_BLD, head_DV, targets_BL, weights_BL, grads=False)[0]
+
+
+def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Cut axis 1 into equal pieces and put them first: [B, L, ...] -> [L/c, B, c, ...].
+
+    Cutting the sequence and not the rows keeps every chunk spread over all data shards.
+    """
+    B, L = arrays[0].shape[:2]
+    size = max(1, min(L, chunk // B))
+    while L % size:
+        size -= 1
+    return tuple(jnp.moveaxis(a.reshape(B, L // size, size, *a.shape[2:]), 1, 0) for a in arrays)
+
+
+def _logits(cfg, hidden, head):
+    raw = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    capped = transformer.softcap(cfg, raw)
+    return capped, transformer.mask_padding(cfg, capped)
+
+
+def _statistics(cfg, z, targets):
+    lse = jax.nn.logsumexp(z, axis=-1)
+    at_target = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+    p = jnp.exp(z - lse[..., None])
+    entropy = lse - jnp.sum(p * jnp.where(z > transformer.attention.MASKED, z, 0.0), -1)
+    return {"nll": lse - at_target, "z": lse**2, "entropy": entropy, "lse": lse, "p": p}
+
+
+def _scan(cfg, chunk, coefficients, hidden, head, targets, weights, grads):
+    weight_of = dict(coefficients)
+    zero = jnp.zeros((), jnp.float32)
+    d_head = jnp.zeros(head.shape, jnp.float32) if grads else None
+
+    def step(carry, piece):
+        sums, d_head = carry
+        h, target, weight = piece
+        capped, z = _logits(cfg, h, head)
+        s = _statistics(cfg, z, target)
+        sums = {name: sums[name] + jnp.sum(weight * s[name]) for name in STATISTICS}
+        if not grads:
+            return (sums, d_head), None
+        dz = _logit_gradient(weight_of, s, z, target) * weight[..., None]
+        if cfg.softcap:
+            dz = dz * (1 - jnp.square(capped / cfg.softcap))
+        dz = dz.astype(h.dtype)
+        d_hidden = jnp.matmul(dz, head.astype(h.dtype).T)
+        flat_h, flat_dz = h.reshape(-1, h.shape[-1]), dz.reshape(-1, dz.shape[-1])
+        d_head = d_head + jnp.matmul(flat_h.T, flat_dz, preferred_element_type=jnp.float32)
+        return (sums, d_head), d_hidden
+
+    start = (dict.fromkeys(STATISTICS, zero), d_head)
+    (sums, d_head), d_hidden = jax.lax.scan(step, start, _chunks(chunk, hidden, targets, weights))
+    total = sum((weight_of[name] * sums[name] for name in STATISTICS), zero)
+    if grads:
+        d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    return (total, sums), (d_hidden, d_head)
+
+
+def _logit_gradient(weight_of, s, z, target):
+    p = s["p"]
+    share = weight_of["nll"] + 2 * weight_of["z"] * s["lse"][..., None]
+    dz = share * p - weight_of["nll"] * jax.nn.one_hot(target, z.shape[-1], dtype=p.dtype)
+    if weight_of["entropy"]:
+        log_p = z - s["lse"][..., None]
+        dz = dz - weight_of["entropy"] * jnp.where(p > 0, p * (log_p + s["entropy"][..., None]), 0.0)
+    return dz
+
+
+def _token_loss_forward(cfg, chunk, coefficients, hidden, head, targets, weights):
+    out, (d_hidden, d_head) = _scan(cfg, chunk, coefficients, hidden, head, targets, weights, grads=True)
+    return out, (d_hidden, d_head.astype(head.dtype), targets, weights)
+
+
+def _token_loss_backward(cfg, chunk, coefficients, residuals, cotangents):
+    d_hidden, d_head, targets, weights = residuals
+    g = cotangents[0]  # the statistics carry no gradient
+    no_gradient = jnp.zeros(targets.shape, jax.dtypes.float0)
+    return (g.astype(d_hidden.dtype) * d_hidden, g * d_head, no_gradient, jnp.zeros_like(weights))
+
+
+token_loss.defvjp(_token_loss_forward, _token_loss_backward)

@@ -1,0 +1,51 @@
+"""Pieces of a block: norms, rotary positions, multilayer perceptrons."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.quant.project import Project
+from nanochat_jax.types import Params
+
+
+def rms_norm(x: jax.Array, gain: jax.Array | None = None, eps: float = 1e-6) -> jax.Array:
+    """x / rms(x) over the last axis, computed in float32; times `gain` [D] if given."""
+    wide = x.astype(jnp.float32)
+    y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (y if gain is None else y * gain).astype(x.dtype)
+
+
+def rotary_table(positions_BL: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), float32 [B, L, 1, width/2], of position * theta ** (-2i / width)."""
+    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions_BL[..., None].astype(jnp.float32) * frequencies[None, None]
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def rotate(x_BLHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding, half-split pairs (i, i + K/2) as in LLaMA checkpoints of transformers."""
+    cos, sin = (t.astype(x_BLHK.dtype) for t in table)
+    a, b = jnp.split(x_BLHK, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _swiglu(project: Project, p: Params, x_BLD: jax.Array) -> jax.Array:
+    return jax.nn.silu(project("mlp/gate", x_BLD, p["gate"])) * project("mlp/up", x_BLD, p["up"])
+
+
+def _relu2(project: Project, p: Params, x_BLD: jax.Array) -> jax.Array:
+    return jnp.square(jax.nn.relu(project("mlp/up", x_BLD, p["up"])))
+
+
+def _reglu2(project: Project, p: Params, x_BLD: jax.Array) -> jax.Array:
+    gate = jnp.square(jax.nn.relu(project("mlp/gate", x_BLD, p["gate"])))
+    return gate * project("mlp/up", x_BLD, p["up"])
+
+
+# (function to the inner activations [B, L, F], does it have a gate matrix)
+MLPS: dict[str, tuple[Callable[[Project, Params, jax.Array], jax.Array], bool]] = {
+    "swiglu": (_swiglu, True),
+    "relu2": (_relu2, False),
+    "reglu2": (_reglu2, True),  # the gated form of BitNet 2B4T
+}

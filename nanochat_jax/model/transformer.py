@@ -1,0 +1,264 @@
+"""The transformer: its table of weights, and its forward pass as a pure function.
+
+embed -> R loops of N layers (attention, MLP) -> norm -> hidden. One loop is the ordinary model.
+Layers are stacked on a leading axis and scanned, `unroll` of them per scan step; options that
+differ by layer (window, value embeddings) repeat with a period that divides `unroll`.
+The same function trains and, given a cache, serves.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax import params as P
+from nanochat_jax.config import ModelConfig, layer_period, padded_vocab, value_layers
+from nanochat_jax.kernels import attention, dispatch
+from nanochat_jax.model.layers import MLPS, rms_norm, rotary_table, rotate
+from nanochat_jax.params import ParamSpec
+from nanochat_jax.quant.project import Project
+from nanochat_jax.types import Batch, KVCache, Output, Params
+
+GATE_INPUTS = 12  # channels of the stream that steer the value-embedding gate, as in nanochat
+
+
+def param_specs(cfg: ModelConfig) -> dict:
+    """Every weight of the model: shape, axes, initial value. Matrices are [..., d_in, d_out]."""
+    N, D, F, V = cfg.layers, cfg.dim, cfg.mlp_dim, padded_vocab(cfg)
+    HK, GK = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+
+    def matrix(d_in: int, d_out: int, axes: tuple, std: float) -> ParamSpec:
+        return ParamSpec((N, d_in, d_out), ("layer", *axes), P.uniform(std), matmul=True)
+
+    def gain(width: int) -> ParamSpec:
+        return ParamSpec((N, width), ("layer", None), P.constant(1.0))
+
+    # Output projections start smaller, so that the stream's size does not grow with depth.
+    out_scale = (2 * N * cfg.loop.count) ** -0.5
+    attn = {
+        "q": matrix(D, HK, ("embed", "heads"), D**-0.5),
+        "k": matrix(D, GK, ("embed", "heads"), D**-0.5),
+        "v": matrix(D, GK, ("embed", "heads"), D**-0.5),
+        "o": matrix(HK, D, ("heads", "embed"), out_scale * HK**-0.5),
+    }
+    mlp = {
+        "up": matrix(D, F, ("embed", "ffn"), D**-0.5),
+        "down": matrix(F, D, ("ffn", "embed"), out_scale * F**-0.5),
+    }
+    if MLPS[cfg.mlp][1]:
+        mlp["gate"] = matrix(D, F, ("embed", "ffn"), D**-0.5)
+    specs: dict = {
+        "embed": ParamSpec((V, D), ("vocab", "embed"), P.normal(cfg.embed_std)),
+        "blocks": {"attn": attn, "mlp": mlp},
+    }
+    if cfg.norm == "weighted":
+        attn["norm"], mlp["norm"] = gain(D), gain(D)
+        if cfg.sub_norm:
+            attn["sub_norm"], mlp["sub_norm"] = gain(HK), gain(F)
+        if cfg.qk_norm != "none":
+            attn["q_norm"], attn["k_norm"] = gain(cfg.head_dim), gain(cfg.head_dim)
+        specs["norm"] = ParamSpec((D,), (None,), P.constant(1.0))
+        if cfg.embed_norm:
+            specs["embed_norm"] = ParamSpec((D,), (None,), P.constant(1.0))
+        if cfg.loop.norm:
+            specs["loop"] = {"norm": ParamSpec((D,), (None,), P.constant(1.0))}
+    if not cfg.tied:
+        specs["head"] = ParamSpec((D, V), ("embed", "vocab"), P.normal(0.001), matmul=True)
+    if E := len(value_layers(cfg)):
+        specs["value"] = {
+            "embed": ParamSpec((E, V, GK), (None, "vocab", "heads"), P.uniform(D**-0.5)),
+            "gate": ParamSpec((E, GATE_INPUTS, cfg.kv_heads), (None, None, None), P.uniform(0.01), matmul=True),
+        }
+    ramp = [i / max(1, N - 1) for i in range(N)]  # both scalars shrink with depth, as in nanochat
+    scalars = {}
+    if cfg.residual_scalars:
+        scalars["residual"] = ParamSpec((N,), ("layer",), P.constant(tuple(1.15 - 0.1 * t for t in ramp)))
+    if cfg.x0_scalars:
+        scalars["x0"] = ParamSpec((N,), ("layer",), P.constant(tuple(0.2 - 0.15 * t for t in ramp)))
+    if scalars:
+        specs["blocks"]["scale"] = scalars
+    return specs
+
+
+def compute_dtype(cfg: ModelConfig) -> jnp.dtype:
+    """The dtype of activations: bfloat16 on accelerators, float32 on CPU unless stated."""
+    name = cfg.dtype if cfg.dtype != "auto" else ("float32" if dispatch.backend() == "cpu" else "bfloat16")
+    return jnp.dtype(name)
+
+
+def head(cfg: ModelConfig, params: Params) -> jax.Array:
+    """The unembedding [D, V]."""
+    return params["embed"].T if cfg.tied else params["head"]
+
+
+def logits(cfg: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """float32 logits [..., V] of hidden states [..., D], soft-capped; padding ids are masked."""
+    raw = jnp.matmul(hidden, head(cfg, params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return mask_padding(cfg, softcap(cfg, raw))
+
+
+def softcap(cfg: ModelConfig, raw: jax.Array) -> jax.Array:
+    """cap * tanh(raw / cap), or raw itself when there is no cap."""
+    return cfg.softcap * jnp.tanh(raw / cfg.softcap) if cfg.softcap else raw
+
+
+def mask_padding(cfg: ModelConfig, raw: jax.Array) -> jax.Array:
+    """Exclude the ids beyond vocab_size, which exist only to round the table up."""
+    if raw.shape[-1] == cfg.vocab_size:
+        return raw
+    return jnp.where(jnp.arange(raw.shape[-1]) < cfg.vocab_size, raw, attention.MASKED)
+
+
+def forward(
+    cfg: ModelConfig, project: Project, params: Params, batch: Batch, cache: KVCache | None = None
+) -> Output:
+    """Hidden states of packed rows, or of the next tokens of cached sequences.
+
+    Args: batch: rows [B, L]; only tokens, segments and positions are read. cache: if given, the L
+    tokens follow the `cache.length[b]` tokens of row b, and segments are ignored.
+    Returns: Output with hidden [B, L, D] in the compute dtype, and the cache with the new tokens'
+    keys and values written and `length` advanced by L.
+    """
+    dtype = compute_dtype(cfg)
+    x = params["embed"].astype(dtype)[batch.tokens]
+    if cfg.embed_norm:
+        x = rms_norm(x, params.get("embed_norm"), cfg.norm_eps)
+    context = _context(cfg, batch, cache)
+    run = _remat(cfg, lambda i, x, x0, p, kv: _layer(cfg, project, context, batch.tokens, i, x, x0, p, kv))
+    layers = {"blocks": params["blocks"], "value": params.get("value", {})}
+    x0, entries = x, []
+    for r in range(cfg.loop.count):
+        kv = None if cache is None else (cache.k[r], cache.v[r])
+        x, written = _stack(cfg, run, x, x0, layers, kv)
+        entries.append(written)
+        if cfg.loop.norm and r + 1 < cfg.loop.count:
+            x = rms_norm(x, params.get("loop", {}).get("norm"), cfg.norm_eps)
+    if cache is not None:
+        k, v = (jnp.stack([entry[i] for entry in entries]) for i in (0, 1))
+        cache = KVCache(k, v, cache.length + batch.tokens.shape[1])
+    return Output(rms_norm(x, params.get("norm"), cfg.norm_eps), cache, {})
+
+
+def _context(cfg: ModelConfig, batch: Batch, cache: KVCache | None) -> dict:
+    """What all layers share: rotary tables, and which key index and segment each slot has."""
+    B, L = batch.tokens.shape
+    index = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
+    context = {"rotary": rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta)}
+    if cache is None:
+        return context | {"q": (index, batch.segments), "k": (index, batch.segments), "start": None}
+    slots = jnp.broadcast_to(jnp.arange(cache.k.shape[3], dtype=jnp.int32), (B, cache.k.shape[3]))
+    q_index = cache.length[:, None] + index
+    return context | {
+        "q": (q_index, jnp.zeros_like(q_index)), "k": (slots, jnp.zeros_like(slots)), "start": cache.length,
+    }  # fmt: skip
+
+
+def _remat(cfg: ModelConfig, run):
+    if cfg.remat == "none":
+        return run
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    return jax.checkpoint(run, policy=policy, static_argnums=0)
+
+
+def layer_unroll(cfg: ModelConfig) -> int:
+    """Layers per step of the layer scan."""
+    if cfg.unroll:
+        return cfg.unroll
+    # XLA's CPU backend runs a scan's body without fusing across steps and copies its carries.
+    return cfg.layers if dispatch.backend() == "cpu" else layer_period(cfg)
+
+
+def _stack(cfg: ModelConfig, run, x, x0, layers, kv):
+    """Apply all layers once. Returns (x, (k, v) stacks with the new entries, or None)."""
+    unroll = layer_unroll(cfg)
+    steps = cfg.layers // unroll
+    grouped = jax.tree.map(lambda a: a.reshape(steps, a.shape[0] // steps, *a.shape[1:]), (layers, kv))
+
+    def body(x, group):
+        group_layers, group_kv = group
+        each_layers = _each(group_layers["blocks"], unroll)
+        valued = [i for i in range(unroll) if i + cfg.layers - unroll in value_layers(cfg)]
+        each_value = dict(zip(valued, _each(group_layers["value"], len(valued)), strict=True))
+        each_kv = [None] * unroll if group_kv is None else _each(group_kv, unroll)
+        written = []
+        for i in range(unroll):
+            p = {**each_layers[i], "value": each_value.get(i)}
+            x, entry = run(i, x, x0, p, each_kv[i])
+            written.append(entry)
+        return x, None if group_kv is None else jax.tree.map(lambda *a: jnp.stack(a), *written)
+
+    if steps == 1:
+        x, written = body(x, jax.tree.map(lambda a: a[0], grouped))
+        return x, written
+    x, written = jax.lax.scan(body, x, grouped)
+    return x, None if kv is None else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), written)
+
+
+def _each(tree, n: int) -> list:
+    """Split the leading axis of every leaf into n trees. A split, because the gradient of a split is
+    one concatenation, while that of n slices is n padded copies of the whole stack."""
+    if n == 0:
+        return []
+    leaves, structure = jax.tree.flatten(tree)
+    columns = [[part[0] for part in jnp.split(leaf, n)] for leaf in leaves]
+    return [structure.unflatten(row) for row in zip(*columns, strict=True)]
+
+
+def _layer(cfg, project, context, tokens, i, x, x0, p, kv):
+    """One layer: attention, then MLP, each added to the residual stream. i: index in the period."""
+    scale = p.get("scale", {})
+    if "residual" in scale:
+        x = scale["residual"].astype(x.dtype) * x
+    if "x0" in scale:
+        x = x + scale["x0"].astype(x.dtype) * x0
+    y, kv = _attention(cfg, project, context, tokens, i, x, p["attn"], p["value"], kv)
+    x = x + y
+    return x + _mlp(cfg, project, x, p["mlp"]), kv
+
+
+def _attention(cfg, project, context, tokens, i, x_BLD, p, value, kv):
+    B, L, _ = x_BLD.shape
+    h = rms_norm(x_BLD, p.get("norm"), cfg.norm_eps)
+    q = project("attn/q", h, p["q"]).reshape(B, L, cfg.heads, cfg.head_dim)
+    k = project("attn/k", h, p["k"]).reshape(B, L, cfg.kv_heads, cfg.head_dim)
+    v = project("attn/v", h, p["v"]).reshape(B, L, cfg.kv_heads, cfg.head_dim)
+    if value is not None:
+        gate = 3 * jax.nn.sigmoid(project("value/gate", h[..., :GATE_INPUTS], value["gate"]))
+        v = v + gate[..., None] * value["embed"].astype(v.dtype)[tokens].reshape(v.shape)
+    q, k = _queries_keys(cfg, q, k, p, context["rotary"])
+    keys, values = k, v
+    if kv is not None:
+        keys, values = kv = _write(kv[0], k, context["start"]), _write(kv[1], v, context["start"])
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+    window = cfg.window[i % len(cfg.window)] if cfg.window else 0
+    (q_index, q_segment), (k_index, k_segment) = context["q"], context["k"]
+    y = attention.attend(
+        q, keys, values, q_index, k_index, q_segment, k_segment, window=window, aligned=kv is None
+    ).reshape(B, L, -1)
+    if cfg.sub_norm:
+        y = rms_norm(y, p.get("sub_norm"), cfg.norm_eps)
+    return project("attn/o", y, p["o"]), kv
+
+
+def _queries_keys(cfg, q, k, p, table):
+    def norm(x, gain):
+        return rms_norm(x, p.get(gain), cfg.norm_eps) * jnp.asarray(cfg.qk_gain, x.dtype)
+
+    if cfg.qk_norm == "before_rope":
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    q, k = rotate(q, table), rotate(k, table)
+    if cfg.qk_norm == "after_rope":
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    return q, k
+
+
+def _write(cache_BTGK, new_BLGK, start_B):
+    """Put each row's new entries behind its own length."""
+    write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0, 0)))
+    return write(cache_BTGK, new_BLGK.astype(cache_BTGK.dtype), start_B)
+
+
+def _mlp(cfg, project, x_BLD, p):
+    h = rms_norm(x_BLD, p.get("norm"), cfg.norm_eps)
+    inner = MLPS[cfg.mlp][0](project, p, h)
+    if cfg.sub_norm:
+        inner = rms_norm(inner, p.get("sub_norm"), cfg.norm_eps)
+    return project("mlp/down", inner, p["down"])
