@@ -5,6 +5,8 @@
 its end only, which skips almost half of the products and keeps the score matrix in cache.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -36,24 +38,63 @@ def _reference(q, k, v, q_index, k_index, q_segment, k_segment, window, aligned)
 
 
 def _blocked(q, k, v, q_index, k_index, q_segment, k_segment, window, aligned):
-    B, L, H, K = q.shape
-    G = k.shape[2]
+    L, H, K = q.shape[1:]
     if dispatch.backend() != "cpu":
         raise NotImplementedError("made for CPUs")
-    if not aligned or L % QUERY_BLOCK or L == QUERY_BLOCK:
-        raise NotImplementedError(f"needs whole training rows of a multiple of {QUERY_BLOCK} tokens, got {L}")
-    grouped = q.reshape(B, L, G, H // G, K)
-    outputs = []
-    for start in range(0, L, QUERY_BLOCK):
-        end = start + QUERY_BLOCK
-        low = max(0, (start - window + 1) // 16 * 16) if window else 0
-        mask = _mask(
-            q_index[:, start:end], k_index[:, low:end], q_segment[:, start:end], k_segment[:, low:end], window
-        )
-        outputs.append(
-            _scores_to_output(grouped[:, start:end], k[:, low:end], v[:, low:end], mask, K**-0.5)
-        )
-    return jnp.concatenate(outputs, 1).reshape(B, L, H, K)
+    if not aligned or L % QUERY_BLOCK:
+        raise NotImplementedError(f"needs whole rows of a multiple of {QUERY_BLOCK} tokens, got {L}")
+    share = H // k.shape[2]
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * K**-0.5, k, v))
+    k, v = (a if share == 1 else jnp.repeat(a, share, axis=1) for a in (k, v))
+    return jnp.swapaxes(_block_attention(q, k, v, q_segment, window), 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _block_attention(q_BHLK, k_BHLK, v_BHLK, segments_BL, window):
+    """Causal attention of scaled queries. The backward pass is written out because automatic
+    differentiation of the softmax makes three more passes over the scores."""
+    return _block_forward(q_BHLK, k_BHLK, v_BHLK, segments_BL, window)[0]
+
+
+def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
+    """(first key, first query, end of both) of each block of queries."""
+    starts = range(0, length, QUERY_BLOCK)
+    return [(max(0, s - window + 1) // 16 * 16 if window else 0, s, s + QUERY_BLOCK) for s in starts]
+
+
+def _block_forward(q, k, v, segments, window):
+    outputs, shares = [], []
+    index = jnp.arange(q.shape[2], dtype=jnp.int32)[None]
+    for low, start, end in _blocks(q.shape[2], window):
+        keys, rows = slice(low, end), slice(start, end)
+        mask = _mask(index[:, rows], index[:, keys], segments[:, rows], segments[:, keys], window)
+        scores = jnp.einsum("bhlk,bhtk->bhlt", q[:, :, rows], k[:, :, keys], preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None], scores, MASKED)
+        p = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
+        total = jnp.sum(p, -1, keepdims=True)
+        p = p.astype(v.dtype)
+        y = jnp.einsum("bhlt,bhtk->bhlk", p, v[:, :, keys], preferred_element_type=jnp.float32)
+        outputs.append((y / total).astype(v.dtype))
+        shares.append((p, total))
+    y = jnp.concatenate(outputs, 2)
+    return y, (q, k, v, y, shares)
+
+
+def _block_backward(window, residuals, dy):
+    q, k, v, y, shares = residuals
+    dk, dv, dq = jnp.zeros_like(k), jnp.zeros_like(v), []
+    for (low, start, end), (p, total) in zip(_blocks(q.shape[2], window), shares, strict=True):
+        keys, rows = slice(low, end), slice(start, end)
+        d = (dy[:, :, rows] / total).astype(v.dtype)
+        inner = jnp.sum(d * y[:, :, rows], -1, keepdims=True)
+        ds = p * (jnp.einsum("bhlk,bhtk->bhlt", d, v[:, :, keys]) - inner)
+        dq.append(jnp.einsum("bhlt,bhtk->bhlk", ds, k[:, :, keys]))
+        dk = dk.at[:, :, keys].add(jnp.einsum("bhlt,bhlk->bhtk", ds, q[:, :, rows]))
+        dv = dv.at[:, :, keys].add(jnp.einsum("bhlt,bhlk->bhtk", p, d))
+    return jnp.concatenate(dq, 2), dk, dv, None
+
+
+_block_attention.defvjp(_block_forward, _block_backward)
 
 
 def _cudnn(q, k, v, q_index, k_index, q_segment, k_segment, window, aligned):

@@ -17,17 +17,22 @@ def rms_norm(x: jax.Array, gain: jax.Array | None = None, eps: float = 1e-6) -> 
 
 
 def rotary_table(positions_BL: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), float32 [B, L, 1, width/2], of position * theta ** (-2i / width)."""
+    """(cos, signed sin), float32 [B, L, 1, width], of the angles position * theta ** (-2i / width).
+
+    Both halves of `width` hold the same angles; the sine is negative in the first half.
+    """
     frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions_BL[..., None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    angles = positions_BL[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
 def rotate(x_BLHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary embedding, half-split pairs (i, i + K/2) as in LLaMA checkpoints of transformers."""
     cos, sin = (t.astype(x_BLHK.dtype) for t in table)
-    a, b = jnp.split(x_BLHK, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    halves = x_BLHK.reshape(*x_BLHK.shape[:-1], 2, -1)
+    # A flip and not a concatenation: XLA's CPU backend emits concatenations inside a fusion slowly.
+    return x_BLHK * cos + jnp.flip(halves, -2).reshape(x_BLHK.shape) * sin
 
 
 def _swiglu(project: Project, p: Params, x_BLD: jax.Array) -> jax.Array:

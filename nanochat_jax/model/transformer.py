@@ -64,7 +64,7 @@ def param_specs(cfg: ModelConfig) -> dict:
         specs["head"] = ParamSpec((D, V), ("embed", "vocab"), P.normal(0.001), matmul=True)
     if E := len(value_layers(cfg)):
         specs["value"] = {
-            "embed": ParamSpec((E, V, GK), (None, "vocab", "heads"), P.uniform(D**-0.5)),
+            "embed": ParamSpec((E, V, GK), (None, "vocab", None), P.uniform(D**-0.5)),
             "gate": ParamSpec((E, GATE_INPUTS, cfg.kv_heads), (None, None, None), P.uniform(0.01), matmul=True),
         }
     ramp = [i / max(1, N - 1) for i in range(N)]  # both scalars shrink with depth, as in nanochat
@@ -141,7 +141,10 @@ def _context(cfg: ModelConfig, batch: Batch, cache: KVCache | None) -> dict:
     """What all layers share: rotary tables, and which key index and segment each slot has."""
     B, L = batch.tokens.shape
     index = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
-    context = {"rotary": rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta)}
+    # The barrier keeps XLA from fusing the sines into every layer's rotation and computing them again
+    # for each head (on CPU that costs more than the attention products).
+    table = jax.lax.optimization_barrier(rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta))
+    context: dict = {"rotary": table}
     if cache is None:
         return context | {"q": (index, batch.segments), "k": (index, batch.segments), "start": None}
     slots = jnp.broadcast_to(jnp.arange(cache.k.shape[3], dtype=jnp.int32), (B, cache.k.shape[3]))

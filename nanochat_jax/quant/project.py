@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.quant.matmul import ACTIVATIONS, WEIGHTS, matmul
@@ -58,8 +57,6 @@ class Project:
     def __call__(self, role: str, x: jax.Array, w: jax.Array) -> jax.Array:
         """Multiply activations x [..., m] with the weight w [m, n]; returns [..., n], x's dtype."""
         precision = self.precision(role)
-        if precision == Precision():
-            return jnp.matmul(x, w.astype(x.dtype))
         return matmul(x, w, precision.weight, precision.act, self.group)
 
     def ternary_roles(self) -> tuple[str, ...]:

@@ -1,0 +1,43 @@
+"""Held-out loss and bits per byte: the headline number of every run.
+
+    bits per byte = sum of nats / (ln 2 * sum of raw bytes of the scored targets)
+
+It does not depend on the tokenizer. Only the plain cross-entropy of the main head counts; special
+tokens and masked targets are left out, in the numerator and in the denominator.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from nanochat_jax.types import Batch, Params
+
+
+def bits_per_byte(
+    eval_step: Callable[[Params, Batch, jax.Array], dict[str, Any]],
+    params: Params,
+    batches: Iterable[Batch],
+    token_bytes: np.ndarray,
+) -> dict[str, float]:
+    """Evaluate on all of `batches`.
+
+    Args: eval_step: jitted `train.step.make_eval_step(...)`. token_bytes: int32 [V].
+    Returns: "eval/bpb" (bits), "eval/loss" (nats per token), "eval/tokens", "eval/bytes".
+    Raises: ValueError if there is nothing to score.
+    """
+    sizes = jax.numpy.asarray(token_bytes, jax.numpy.int32)
+    sums = [eval_step(params, batch, sizes) for batch in batches]  # dispatched without waiting
+    nats, count, size = (
+        float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)])) for name in ("nats", "tokens", "bytes")
+    )
+    if size == 0:
+        raise ValueError("no held-out token to score: raise data.val_percent or eval.batches")
+    return {
+        "eval/bpb": nats / math.log(2) / size,
+        "eval/loss": nats / count,
+        "eval/tokens": count,
+        "eval/bytes": size,
+    }

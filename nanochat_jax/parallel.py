@@ -1,0 +1,122 @@
+"""Meshes and shardings: the only file that names mesh axes.
+
+`data` replicates parameters, `fsdp` splits parameters and batch, `tensor` splits single matrices.
+Model code names no mesh axis; the partitioner derives the collectives from where arrays live.
+Changing the layout means changing mesh sizes, or RULES.
+"""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nanochat_jax.config import MeshConfig
+from nanochat_jax.params import ParamSpec, flatten, path_name
+from nanochat_jax.types import Batch, TrainState
+
+AXES = ("data", "fsdp", "tensor")
+Rules = Mapping[str | None, str | tuple[str, ...] | None]
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "ffn": "tensor",
+    "layer": None,
+    None: None,
+}
+
+
+def mesh(cfg: MeshConfig) -> Mesh:
+    """The device mesh of a config.
+
+    Raises: ValueError if there are fewer devices than the sizes ask for.
+    """
+    shape = tuple(getattr(cfg, axis) for axis in AXES)
+    needed, devices = int(np.prod(shape)), jax.devices()
+    if needed > len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices, but there are "
+            f"{len(devices)} ({devices[0].platform}); lower mesh.data, mesh.fsdp or mesh.tensor"
+        )
+    # Auto, stated: make_mesh defaults to explicit axes, under which contracting a sharded dimension raises.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+
+
+def partition(path: str, spec: ParamSpec, mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
+    """Where one weight's dimensions go.
+
+    Raises: ValueError naming the weight if an axis does not divide or is used twice.
+    """
+    entries = [rules[axis] for axis in spec.axes]
+    for size, axis, entry in zip(spec.shape, spec.axes, entries, strict=True):
+        parts = int(np.prod([mesh.shape[name] for name in _names(entry)]))
+        if size % parts:
+            raise ValueError(
+                f"{path}: axis '{axis}' = {size} is not divisible by mesh axis '{'*'.join(_names(entry))}' = {parts}"
+            )
+    used = collections.Counter(itertools.chain.from_iterable(_names(e) for e in entries))
+    if twice := [name for name, times in used.items() if times > 1]:
+        raise ValueError(f"{path}: mesh axis '{twice[0]}' is used for two dimensions of {spec.axes}")
+    return PartitionSpec(*entries)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def param_shardings(specs: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> Any:
+    """NamedSharding of every weight, in the tree of `specs`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, spec: NamedSharding(mesh, partition(path_name(path), spec, mesh, rules)), specs
+    )
+
+
+def state_shardings(state: TrainState, specs: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> TrainState:
+    """NamedSharding of every leaf of a TrainState of arrays or ShapeDtypeStructs.
+
+    A leaf whose path ends in a weight's path is laid out like that weight where the leading
+    dimensions agree (8-bit values, scales, momenta); everything else is replicated.
+    """
+    shapes = flatten(specs)
+    layouts = {path: partition(path, spec, mesh, rules) for path, spec in shapes.items()}
+
+    def find(path: tuple, leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        owners = [p for p in layouts if name == p or name.endswith("/" + p)]
+        if not owners:
+            return NamedSharding(mesh, PartitionSpec())
+        owner = max(owners, key=len)  # blocks/attn/norm before norm
+        entries = []
+        for size, own, entry in zip(leaf.shape, shapes[owner].shape, layouts[owner], strict=False):
+            parts = int(np.prod([mesh.shape[axis] for axis in _names(entry)]))
+            if size != own or size % parts:
+                break
+            entries.append(entry)
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    return jax.tree_util.tree_map_with_path(find, state)
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+    """Rows split over the data axes; the same for every field [B, L] of a Batch."""
+    return NamedSharding(mesh, PartitionSpec(rules["batch"]))
+
+
+def shard_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Put numpy rows [B, L] of every Batch field onto the mesh."""
+    return jax.device_put(Batch(**arrays), batch_sharding(mesh))
+
+
+def prefetch(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2) -> Iterator[Batch]:
+    """Yield device batches, with `ahead` transfers already under way (device_put is asynchronous)."""
+    queue: collections.deque[Batch] = collections.deque()
+    for arrays in batches:
+        queue.append(shard_batch(arrays, mesh))
+        if len(queue) > ahead:
+            yield queue.popleft()
+    yield from queue

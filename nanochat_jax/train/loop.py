@@ -1,0 +1,66 @@
+"""The loop: dispatch a step, then look at the one before. Nothing else blocks."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+from nanochat_jax.train.step import StepFn
+from nanochat_jax.types import Batch, Metrics, TrainState
+
+# (steps done, state after them, metrics of the step before as floats, with its number in "step")
+Hook = Callable[[int, TrainState, dict[str, float]], None]
+
+
+class StopTraining(Exception):
+    """Raised by a hook to end the run; the loop returns the last state."""
+
+
+def every(n: int, hook: Hook) -> Hook:
+    """Call `hook` when the number of steps done is a multiple of n; never if n is 0."""
+
+    def maybe(step: int, state: TrainState, metrics: dict[str, float]) -> None:
+        if n and step % n == 0:
+            hook(step, state, metrics)
+
+    return maybe
+
+
+def run(
+    step_fn: StepFn, state: TrainState, batches: Iterator[Batch], hooks: list[Hook], total_steps: int
+) -> tuple[TrainState, str]:
+    """Train until `total_steps` steps are done or a hook raises StopTraining.
+
+    Metrics arrive one step late, so that fetching them never makes the device wait; after the
+    last step the hooks are called once more, with its metrics. `step_fn` donates the state: hooks
+    get the new one and must not keep it.
+    Returns: (state, "" or the reason of the stop).
+    """
+    pending: tuple[int, Metrics, float] | None = None
+    done = int(state.step)
+    try:
+        while done < total_steps:
+            start = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - start
+            state, metrics = step_fn(state, batch)
+            done += 1
+            arrived = _fetch(pending)
+            pending = (done, metrics, waited)
+            for hook in hooks:
+                hook(done, state, arrived)
+        arrived = _fetch(pending)
+        for hook in hooks:
+            hook(done + 1, state, arrived)
+    except StopTraining as stop:
+        return state, str(stop)
+    return state, ""
+
+
+def _fetch(pending: tuple[int, Metrics, float] | None) -> dict[str, float]:
+    """One transfer for all metrics of a step; {} before the first."""
+    if pending is None:
+        return {}
+    step, metrics, waited = pending
+    floats = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    return floats | {"step": float(step), "data/wait_ms": 1e3 * waited}

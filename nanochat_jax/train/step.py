@@ -1,0 +1,90 @@
+"""The train step and the eval step, as pure functions. No technique appears here: what varies
+arrives as `loss_fn` and `tx`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nanochat_jax import optim
+from nanochat_jax.losses import LossFn
+from nanochat_jax.types import Batch, Metrics, Params, TrainState
+
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def normalize(batch: Batch) -> Batch:
+    """Scale the weights to sum to 1, so that weighted sums of the loss are means per token."""
+    return batch.replace(weights=batch.weights / jnp.maximum(jnp.sum(batch.weights), 1e-6))
+
+
+def make_train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, seed: int, microbatches: int = 1
+) -> StepFn:
+    """Build step(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    The step's key is fold_in(key(seed), state.step): the same command gives the same bits,
+    interrupted or not. With `microbatches` = m, microbatch i holds the rows i, i + m, ... and the
+    gradients add up to those of the whole batch, because weights are normalized before the cut.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, metrics), grads = _accumulate(gradient, state.params, normalize(batch), key, microbatches)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {
+            "loss/total": loss,
+            "opt/grad_norm": optax.global_norm(grads),
+            "opt/update_norm": optax.global_norm(updates),
+            "data/weight": jnp.sum(batch.weights),
+            **optim.metrics(opt_state),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def _accumulate(gradient, params: Params, batch: Batch, key: jax.Array, microbatches: int):
+    """((loss, metrics), grads) of the batch, summed over its microbatches."""
+    if microbatches == 1:
+        return gradient(params, batch, key)
+    # Rows i::m and not blocks of rows: each device's rows then stay on that device.
+    pieces = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(a.shape[0] // microbatches, microbatches, *a.shape[1:]), 1, 0), batch
+    )
+
+    def body(total, piece):
+        index, rows = piece
+        result = gradient(params, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, result), None
+
+    first = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], pieces), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+    return jax.lax.scan(body, zeros, (jnp.arange(microbatches), pieces))[0]
+
+
+def make_eval_step(nll_fn: Callable[[Params, Batch], jax.Array]):
+    """Build eval_step(params, batch, token_bytes) -> {"nats", "bytes", "tokens"}, sums over the batch.
+
+    token_bytes: int32 [V], raw bytes of each token, 0 for special tokens, whose predictions are
+    left out of the sums, as are targets of weight 0.
+    """
+
+    def eval_step(params: Params, batch: Batch, token_bytes: jax.Array) -> Metrics:
+        sizes = token_bytes[batch.targets]
+        counted = (batch.weights > 0) & (sizes > 0)
+        return {
+            "nats": jnp.sum(jnp.where(counted, nll_fn(params, batch), 0.0)),
+            "bytes": jnp.sum(jnp.where(counted, sizes, 0)),
+            "tokens": jnp.sum(counted),
+        }
+
+    return eval_step
