@@ -4,7 +4,7 @@ The dicts below are the only places where a name becomes a transform. Parameters
 by their paths (LABEL_RULES), never by rank: a stack of norm gains has rank 2 as well.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ def build(
 
     groups: dict[str, GroupConfig] = {name: getattr(cfg, name) for name in GROUPS}
     rates = {name: _times(group.lr, factor) for name, group in groups.items()}
-    transforms = {
+    transforms: dict[Hashable, optax.GradientTransformation] = {
         name: optax.chain(direction(group), decay(group, shrink), optax.scale_by_learning_rate(rates[name]))
         for name, group in groups.items()
     }
@@ -111,8 +111,8 @@ def add_cautious_decay(weight_decay: optax.ScalarOrSchedule) -> optax.GradientTr
     def update(updates, state, params=None, **extra_args):
         del extra_args
         decayed, state = plain.update(updates, state, params)
-        agree = lambda u, d, p: jnp.where(u * p >= 0, d, u)
-        return jax.tree.map(agree, updates, decayed, params), state
+        agreeing = jax.tree.map(lambda u, d, p: jnp.where(u * p >= 0, d, u), updates, decayed, params)
+        return agreeing, state
 
     return optax.GradientTransformationExtraArgs(plain.init, update)
 

@@ -12,9 +12,10 @@ Cost. A matrix p x q, p <= q, costs 4 p^2 q + 2 p^3 FLOPs a step. All the polyno
 several steps can be carried out on the small A alone, A <- P A P, and their product be applied
 to X once: for q = 4 p that saves a third of the FLOPs. A rounding error in A grows by a^2 per
 step, and A of a tiny singular value drowns in it; we therefore return to X after at most SPAN
-steps, which bounds the growth (66 x 16 for the steepest coefficients) and keeps the result within
-about 1e-4 of step-by-step float32. In bfloat16 that growth would be too much: there, and for
-nearly square matrices, where nothing is gained, every step acts on X (a span of 1).
+steps, which bounds the growth (66 x 16 for the steepest coefficients): for singular values over 0
+to 12 decades the error stays within 5 times that of step-by-step float32, where 5 steps at once
+have 20 to 70 times it, and 8 diverge. In bfloat16 even that growth would be too much: there, and
+for nearly square matrices, where nothing is gained, every step acts on X (a span of 1).
 
 Matrices are [..., d_in, d_out]; leading axes are independent matrices and are never mixed.
 Sources: Jordan et al. 2024 (Muon), arXiv:2502.16982 (shape scale), arXiv:2505.16932 (Polar
@@ -85,13 +86,15 @@ def newton_schulz(
             as wide, else 1 (the textbook iteration).
 
     Returns: [..., m, n] in x's dtype; singular values near 1, zero where x is a zero matrix.
-    Raises: ValueError for an unknown name or fewer than one step.
+    Raises: ValueError for rank < 2, an unknown name, or fewer than one step.
     Source: arXiv:2505.16932, algorithm 1; coefficients as named above.
     """
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"no coefficients '{coefficients}'; known: {', '.join(COEFFICIENTS)}")
     if steps < 1:
         raise ValueError(f"Newton-Schulz needs at least 1 step, got {steps}")
+    if x.ndim < 2:
+        raise ValueError(f"Newton-Schulz needs matrices [..., m, n], got shape {x.shape}")
     m, n = x.shape[-2:]
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     if span is None:
@@ -180,13 +183,16 @@ def scale_by_muon(
 
     def init(params):
         _check_matrices(params)
-        zeros = lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32))
-        return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params))
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
+        return MuonState(jnp.zeros([], jnp.int32), mu)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         _check_matrices(updates)
-        average = lambda g, m: momentum * m + (1 - momentum) * g.astype(m.dtype)
+
+        def average(g, m):
+            return momentum * m + (1 - momentum) * g.astype(m.dtype)
+
         mu = jax.tree.map(average, updates, state.mu)
         ahead = jax.tree.map(average, updates, mu) if nesterov else mu
 
@@ -194,7 +200,8 @@ def scale_by_muon(
             factor = SCALES[scale](*u.shape[-2:])
             return (factor * newton_schulz(u, steps, coefficients, dtype)).astype(g.dtype)
 
-        return jax.tree.map(orthogonalize, updates, ahead), MuonState(optax.safe_increment(state.count), mu)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return jax.tree.map(orthogonalize, updates, ahead), MuonState(count, mu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -41,22 +41,22 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        zero = jnp.zeros([], jnp.int32)
-        return SkipState(zero, zero, inner.init(params))
+        # Two arrays, not one twice: a buffer must not be donated twice.
+        return SkipState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
         squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(updates)]
         finite = jnp.isfinite(sum(squares, jnp.float32(0)))
         new_updates, new_inner = inner.update(updates, state.inner, params, **extra_args)
-        keep = lambda new, old: jnp.where(finite, new, old)
         skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
         new_state = SkipState(
             total=state.total + skipped,
             consecutive=(state.consecutive + skipped) * skipped,
-            inner=jax.tree.map(keep, new_inner, state.inner),
+            inner=jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_inner, state.inner),
         )
         # Minus zero: x + -0.0 is x for every x, while -0.0 + 0.0 would flip a sign bit.
-        return jax.tree.map(lambda u: keep(u, jnp.asarray(-0.0, u.dtype)), new_updates), new_state
+        kept = jax.tree.map(lambda u: jnp.where(finite, u, jnp.asarray(-0.0, u.dtype)), new_updates)
+        return kept, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -66,8 +66,8 @@ def metrics(opt_state: optax.OptState) -> Metrics:
 
     Returns: "opt/skipped" (in all) and "opt/skipped_in_a_row", float32 []; {} without the wrapper.
     """
-    is_skip = lambda node: isinstance(node, SkipState)
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_skip) if is_skip(node)]
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SkipState))
+    found = [node for node in nodes if isinstance(node, SkipState)]
     if not found:
         return {}
     return {
