@@ -1,0 +1,70 @@
+"""Progress for people: a live bar on a terminal, one greppable line per interval always."""
+
+import sys
+from typing import TextIO
+
+# metric, label, format; a field whose metric is absent is left out
+FIELDS = (
+    ("loss/next_token", "loss", lambda v: f"{v:.4f}"),
+    ("eval/bpb", "bpb", lambda v: f"{v:.4f}"),
+    ("opt/lr_matrix", "lr", lambda v: f"{v:.2e}"),
+    ("opt/grad_norm", "gnorm", lambda v: f"{v:.2f}"),
+    ("perf/tokens_per_second", "", lambda v: f"{si(v)} tok/s"),
+    ("perf/mfu", "mfu", lambda v: f"{100 * v:.1f}%"),
+    ("perf/memory_gib", "mem", lambda v: f"{v:.1f} GiB"),
+    ("data/wait_ms", "data", lambda v: f"{v:.1f} ms"),
+    ("perf/eta_seconds", "eta", lambda v: duration(v)),
+)
+
+
+def si(number: float) -> str:
+    """1234 -> 1.2k."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """62 -> 1m02s."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def log_line(step: int, total: int, metrics: dict[str, float]) -> str:
+    """`step 120/400 (30.0%) | loss 3.8123 | lr 1.2e-02 | ...`, in a fixed order."""
+    parts = [f"step {step}/{total} ({100 * step / total:.1f}%)"]
+    parts += [f"{label} {show(metrics[name])}".strip() for name, label, show in FIELDS if name in metrics]
+    return " | ".join(parts)
+
+
+class Progress:
+    """Writes log lines, and between them a bar if the stream is a terminal."""
+
+    def __init__(self, total: int, stream: TextIO | None = None):
+        self.total, self.stream = total, stream or sys.stderr
+        self._live = self.stream.isatty()
+
+    def line(self, step: int, metrics: dict[str, float]) -> None:
+        """Print the line of an interval."""
+        self.print(log_line(step, self.total, metrics))
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._clear()
+        print(text, file=self.stream, flush=True)
+
+    def bar(self, step: int, eta_seconds: float | None) -> None:
+        """Redraw the bar; nothing happens when the stream is not a terminal."""
+        if not self._live:
+            return
+        width = 30
+        filled = round(width * step / self.total)
+        eta = "" if eta_seconds is None else f" eta {duration(eta_seconds)}"
+        print(f"\r[{'#' * filled}{'.' * (width - filled)}] {step}/{self.total}{eta} ", end="", file=self.stream)
+        self.stream.flush()
+
+    def _clear(self) -> None:
+        if self._live:
+            print("\r" + " " * 70 + "\r", end="", file=self.stream)
