@@ -13,8 +13,8 @@ several steps can be carried out on the small A alone, A <- P A P, and their pro
 to X once: for q = 4 p that saves a third of the FLOPs. A rounding error in A grows by a^2 per
 step, and A of a tiny singular value drowns in it; we therefore return to X after at most SPAN
 steps, which bounds the growth (66 x 16 for the steepest coefficients): for singular values over 0
-to 12 decades the error stays within 5 times that of step-by-step float32, where 5 steps at once
-have 20 to 70 times it, and 8 diverge. In bfloat16 even that growth would be too much: there, and
+to 12 decades the error stays within 10 times that of step-by-step float32, where 5 steps at once
+have up to 75 times it, and 8 are useless. In bfloat16 even that growth would be too much: there, and
 for nearly square matrices, where nothing is gained, every step acts on X (a span of 1).
 
 Matrices are [..., d_in, d_out]; leading axes are independent matrices and are never mixed.
