@@ -8,7 +8,8 @@ import jax
 from nanochat_jax.train.step import StepFn
 from nanochat_jax.types import Batch, Metrics, TrainState
 
-# (steps done, state after them, metrics of the step before as floats, with its number in "step")
+# (steps done, state after them, metrics of the step before as floats, with its number in "step").
+# After the last step comes one more call with 0 steps done, only to deliver its metrics.
 Hook = Callable[[int, TrainState, dict[str, float]], None]
 
 
@@ -20,7 +21,7 @@ def every(n: int, hook: Hook) -> Hook:
     """Call `hook` when the number of steps done is a multiple of n; never if n is 0."""
 
     def maybe(step: int, state: TrainState, metrics: dict[str, float]) -> None:
-        if n and step % n == 0:
+        if n and step and step % n == 0:
             hook(step, state, metrics)
 
     return maybe
@@ -51,7 +52,7 @@ def run(
                 hook(done, state, arrived)
         arrived = _fetch(pending)
         for hook in hooks:
-            hook(done + 1, state, arrived)
+            hook(0, state, arrived)
     except StopTraining as stop:
         return state, str(stop)
     return state, ""

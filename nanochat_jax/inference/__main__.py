@@ -1,0 +1,49 @@
+"""Sample from a trained run: python -m nanochat_jax.inference --workdir=runs/tiny --prompt="def " """
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from nanochat_jax import cli
+from nanochat_jax.config import Config, resolve, to_dict
+
+FLAGS = {
+    "prompt": cli.Flag("", "text to continue; default eval.prompt of the run"),
+    "max_tokens": cli.Flag(-1, "tokens to generate; default infer.max_tokens"),
+    "temperature": cli.Flag(-1.0, "0 = greedy; default infer.temperature"),
+    "top_k": cli.Flag(-1, "default infer.top_k"),
+    "top_p": cli.Flag(-1.0, "default infer.top_p"),
+    "seed": cli.Flag(0, "of the draws"),
+}
+
+
+def main(cfg: Config, call: cli.Invocation) -> int:
+    """Load the run in --workdir (its own config, unless --config is given) and print a sample."""
+    if not call.workdir:
+        raise cli.UsageError("--workdir is missing: the directory of a trained run, e.g. runs/tiny")
+    home = Path(call.workdir)
+    if not (home / "config.json").exists():
+        raise cli.UsageError(f"{home} is not a run: it has no config.json")
+    if not call.config_path:
+        cfg = resolve(cli.read_config(str(home / "config.json")))
+    given = {name: call.flags[name] for name in FLAGS if name not in ("prompt", "seed")}
+    changes = {name: value for name, value in given.items() if value >= 0}
+    settings = resolve({**to_dict(cfg), "infer": {**dataclasses.asdict(cfg.infer), **changes}}).infer
+    cli.setup_runtime(cfg)
+    from nanochat_jax.inference import load
+
+    try:
+        text = load.sampler(cfg, home, settings)
+        prompt = call.prompt or cfg.eval.prompt
+        sys.stdout.write(prompt)
+        for piece in text(prompt, call.seed):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return 0
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("inference", main, FLAGS, needs_config=False)

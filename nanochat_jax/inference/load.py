@@ -1,0 +1,46 @@
+"""Parameters and tokenizer of a finished or running run, and text from text."""
+
+import codecs
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from nanochat_jax import checkpoint, parallel
+from nanochat_jax import params as params_lib
+from nanochat_jax import tokenizer as tokenizers
+from nanochat_jax.config import Config, InferConfig, MeshConfig
+from nanochat_jax.inference import engine
+from nanochat_jax.model import transformer
+from nanochat_jax.types import Params
+
+
+def load_params(cfg: Config, workdir: Path) -> Params:
+    """The newest parameters in <workdir>/ckpt, on one device. Raises: CheckpointError."""
+    specs = transformer.param_specs(cfg.model)
+    shapes = jax.eval_shape(lambda key: params_lib.init_params(specs, key), jax.random.key(0))
+    layout = parallel.param_shardings(specs, parallel.mesh(MeshConfig()))
+    target = jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, layout
+    )
+    return checkpoint.restore_params(workdir / "ckpt", target, cfg.ckpt.verify)[0]
+
+
+def pieces(tokenizer: tokenizers.Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+    """Text of ids as they come; bytes of an unfinished character wait for the next id."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        yield decoder.decode(tokenizer.decode_bytes([token]) if token < tokenizer.vocab_size else b"")
+    yield decoder.decode(b"", final=True)
+
+
+def sampler(cfg: Config, workdir: Path, settings: InferConfig) -> Callable[[str, int], Iterator[str]]:
+    """Build text(prompt, seed) -> pieces of the continuation, from a run's directory."""
+    tokenizer = tokenizers.load(workdir / "tokenizer.json")
+    params = load_params(cfg, workdir)
+
+    def text(prompt: str, seed: int) -> Iterator[str]:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        return pieces(tokenizer, engine.generate(cfg.model, params, ids, settings, jax.random.key(seed)))
+
+    return text

@@ -1,0 +1,153 @@
+"""Hooks of the loop: log, evaluate, sample, save, stop. They observe; they return nothing."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+
+from nanochat_jax import optim
+from nanochat_jax.checkpoint import Checkpointer, CheckpointError
+from nanochat_jax.config import Config
+from nanochat_jax.model import flops
+from nanochat_jax.optim.build import Schedules
+from nanochat_jax.quant import project as projections
+from nanochat_jax.quant import ternary
+from nanochat_jax.telemetry.console import Progress
+from nanochat_jax.telemetry.writers import Multi
+from nanochat_jax.train.loop import Hook, StopTraining
+from nanochat_jax.types import Metrics, TrainState
+
+
+def memory_gib() -> float:
+    """Peak memory of the device, or of the process where the device does not say (CPU)."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def log_metrics(
+    cfg: Config, schedules: Schedules, writers: Multi, progress: Progress, clock=time.perf_counter
+) -> Hook:
+    """Average the metrics of an interval of steps, add speed and learning rates, write them out."""
+    sums: dict[str, float] = {}
+    count, began = 0, clock()
+    tokens_per_step = cfg.data.batch * cfg.data.seq_len
+    work = flops.train_flops_per_token(cfg.model, cfg.data.seq_len)
+    kinds = [device.device_kind for device in jax.devices()]
+    peak = flops.peak_flops(kinds[0])
+    project = projections.from_config(cfg.model)
+    roles = project.ternary_roles()
+    codes = jax.jit(lambda params: ternary.all_codes(params, roles, project.group))
+    health = jax.jit(ternary.health)
+    before: dict = {}
+
+    def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        nonlocal count, began
+        if not metrics:
+            began = clock()  # the first step has just been compiled: its time is no speed
+            return
+        step = int(metrics["step"])
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value
+        count += 1
+        if step % cfg.log.every_steps and step != cfg.train.steps:
+            progress.bar(step, None)
+            return
+        now = clock()
+        mean = {name: total / count for name, total in sums.items() if name != "step"}
+        speed = tokens_per_step * count / max(now - began, 1e-9)
+        skipped = int(metrics.get("opt/skipped", 0))
+        rates = optim.learning_rates(schedules, step - 1 - skipped)
+        mean |= {name: float(value) for name, value in jax.device_get(rates).items()}
+        mean |= {name: metrics[name] for name in ("opt/skipped", "opt/skipped_in_a_row") if name in metrics}
+        mean |= {
+            "perf/tokens_per_second": speed,
+            "perf/step_ms": 1e3 * (now - began) / count,
+            "perf/memory_gib": memory_gib(),
+            "perf/eta_seconds": (cfg.train.steps - step) * (now - began) / count,
+        }
+        if peak:
+            mean["perf/mfu"] = speed * work / (peak * len(kinds))
+        if roles:
+            mean |= _floats(_ternary(state, before, codes, health))
+        writers.write(step, mean)
+        progress.line(step, mean)
+        sums.clear()
+        count, began = 0, clock()
+
+    return hook
+
+
+def _ternary(state: TrainState, before: dict, codes: Callable, health: Callable) -> Metrics:
+    now = codes(state.params)
+    metrics = health(now, before.get("codes"))
+    before["codes"] = now
+    return metrics
+
+
+def _floats(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def evaluate(
+    score: Callable[[TrainState], dict[str, float]], writers: Multi, progress: Progress, last: dict
+) -> Hook:
+    """Score the held-out split; the result also stays in `last` for the end of the run."""
+
+    def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        last.clear()
+        last.update(score(state), step=done)
+        scores = {name: value for name, value in last.items() if name != "step"}
+        writers.write(done, scores)
+        progress.print(f"eval {done} | bpb {last['eval/bpb']:.4f} | loss {last['eval/loss']:.4f}")
+
+    return hook
+
+
+def sample(text: Callable[[TrainState], str], writers: Multi, progress: Progress) -> Hook:
+    """Print a sample and write it to the metric sinks."""
+
+    def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        value = text(state)
+        writers.text(done, "eval/sample", value)
+        progress.print("sample | " + value.replace("\n", "\n       | "))
+
+    return hook
+
+
+def save(checkpoints: Checkpointer, misc: Callable[[int], dict], progress: Progress) -> Hook:
+    """Save when it is due. A save that cannot be made is reported; training goes on, because the
+    previous checkpoint is intact and space may come back."""
+
+    def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        if not done or not checkpoints.due(done):
+            return
+        try:
+            start = time.perf_counter()
+            checkpoints.save(done, state, misc(done))
+            progress.print(f"save {done} | blocked for {1e3 * (time.perf_counter() - start):.0f} ms")
+        except CheckpointError as error:
+            progress.print(f"warning: {error}")
+
+    return hook
+
+
+def stop_when(interrupted: Callable[[], bool], limit: int) -> Hook:
+    """Stop on an interrupt, or after `limit` skipped steps in a row (parameters are then the last
+    good ones, because skipped steps change nothing); 0 = no limit."""
+
+    def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        if interrupted():
+            raise StopTraining("interrupted")
+        row = int(metrics.get("opt/skipped_in_a_row", 0))
+        if limit and row >= limit:
+            raise StopTraining(
+                f"{row} steps in a row had a non-finite gradient (opt.skip_nonfinite = {limit}); "
+                "lower the learning rate or look at the data of these steps"
+            )
+
+    return hook

@@ -1,0 +1,277 @@
+"""A whole run, composed from its parts: config -> shapes -> layout -> restore or init -> loop.
+
+With the `__main__` files, the only place that holds the whole Config.
+"""
+
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nanochat_jax import checkpoint, losses, optim, parallel
+from nanochat_jax import params as params_lib
+from nanochat_jax.config import Config, ConfigError, InferConfig, padded_vocab
+from nanochat_jax.data import pipeline, shards
+from nanochat_jax.evals import loss as eval_loss
+from nanochat_jax.inference import engine, load
+from nanochat_jax.model import flops, transformer
+from nanochat_jax.quant import project as projections
+from nanochat_jax.telemetry import manifest
+from nanochat_jax.telemetry.console import Progress, duration, si
+from nanochat_jax.telemetry.writers import open_writers
+from nanochat_jax.train import hooks, loop
+from nanochat_jax.train import step as steps
+from nanochat_jax.types import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def parameter_table(cfg: Config) -> str:
+    """Path, shape, format, optimizer group, count and bytes of every weight, and the totals."""
+    specs = params_lib.flatten(transformer.param_specs(cfg.model))
+    groups = params_lib.flatten(optim.labels(transformer.param_specs(cfg.model)))
+    project = projections.from_config(cfg.model)
+    ternary = {f"blocks/{role}" for role in project.ternary_roles()}
+    rows = [("path", "shape", "format", "group", "count", "bytes")]
+    for path, spec in specs.items():
+        count = math.prod(spec.shape)
+        kind = "ternary" if path in ternary else "full"
+        rows.append((path, "x".join(map(str, spec.shape)), kind, groups[path], f"{count:,}", f"{4 * count:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = params_lib.count(transformer.param_specs(cfg.model))
+    blocks = params_lib.count(transformer.param_specs(cfg.model), r"^blocks/")
+    tables = params_lib.count(transformer.param_specs(cfg.model), r"^(value/)?embed$|^head$")
+    work = flops.train_flops_per_token(cfg.model, cfg.data.seq_len)
+    lines.append(
+        f"parameters: {si(total)} unique, {si(total + (cfg.model.loop.count - 1) * blocks)} unrolled, "
+        f"of which {si(tables)} in tables; {si(work)} FLOPs per training token"
+    )
+    return "\n".join(lines)
+
+
+class Parts:
+    """The pure pieces of a run, made from its Config: no data, no arrays."""
+
+    def __init__(self, cfg: Config, extension: tuple[float, int] | None = None):
+        self.specs = transformer.param_specs(cfg.model)
+        factor, start = extension or (None, 0)
+        self.tx, self.schedules = optim.build(cfg.opt, cfg.train.steps, factor, start)
+        self.loss_fn = losses.make_loss(cfg.model, cfg.train.loss, cfg.train.loss_chunk)
+        self.mesh = parallel.mesh(cfg.mesh)
+        self.init = lambda key: steps.new_state(params_lib.init_params(self.specs, key), self.tx)
+        self.shapes = jax.eval_shape(self.init, jax.random.key(0))
+        self.layout = parallel.state_shardings(self.shapes, self.specs, self.mesh)
+        self.target = jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), self.shapes, self.layout
+        )
+        step = steps.make_train_step(self.loss_fn, self.tx, cfg.seed, cfg.train.microbatches)
+        rows = parallel.batch_sharding(self.mesh)
+        self.step = jax.jit(
+            step, donate_argnums=0, in_shardings=(self.layout, rows), out_shardings=(self.layout, None)
+        )
+        nll = losses.make_token_nll(cfg.model, cfg.train.loss_chunk)
+        self.eval_step = jax.jit(
+            steps.make_eval_step(nll), in_shardings=(self.layout.params, rows, None), out_shardings=None
+        )
+
+    def fresh(self, seed: int) -> TrainState:
+        """The state before the first step, created where it lives."""
+        return jax.jit(self.init, out_shardings=self.layout)(jax.random.key(seed))
+
+    def fresh_opt(self, params: Any) -> Any:
+        """A new optimizer state for given parameters."""
+        return jax.jit(self.tx.init, out_shardings=self.layout.opt_state)(params)
+
+
+def dry_run(cfg: Config) -> str:
+    """Trace the whole step without data or arrays; returns the parameter table and state size."""
+    parts = Parts(cfg)
+    rows = jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), np.int32)
+    batch = parallel.Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, np.float32), rows, rows)
+    _, metrics = jax.eval_shape(parts.step, parts.shapes, batch)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts.shapes))
+    return f"{parameter_table(cfg)}\ntraining state: {size / 2**20:.1f} MiB; metrics: {', '.join(sorted(metrics))}"
+
+
+def start_state(
+    cfg: Config, home: Path, checkpoints: checkpoint.Checkpointer, resume: str
+) -> tuple[Parts, TrainState, tuple[float, int] | None, str]:
+    """Own checkpoint, else ckpt.init_from, else scratch.
+
+    Returns: (parts, state, extension of the schedule, a line for the user).
+    Raises: ConfigError if the workdir holds another run, or --resume contradicts what is there.
+    """
+    latest = checkpoints.latest()
+    if resume == "must" and latest is None:
+        raise ConfigError(f"--resume=must, but {home} has no checkpoint")
+    if resume == "never" and latest is not None:
+        raise ConfigError(f"--resume=never, but {home} has a checkpoint of step {latest}; choose another --workdir")
+    if latest is None:
+        parts = Parts(cfg)
+        state = parts.fresh(cfg.seed)
+        if not cfg.ckpt.init_from:
+            return parts, state, None, "starting from scratch"
+        params, _ = checkpoint.restore_params(
+            Path(cfg.ckpt.init_from) / "ckpt", parts.target.params, cfg.ckpt.verify
+        )
+        state = TrainState(state.step, params, state.opt_state)
+        return parts, state, None, f"starting from the parameters of {cfg.ckpt.init_from}"
+    misc = checkpoint.read_misc(checkpoints.directory, latest)
+    if differences := manifest.changed_keys(misc["config"], manifest.to_dict(cfg)):
+        raise ConfigError(
+            f"{home} holds a run with other settings ({'; '.join(differences)}); use another --workdir"
+        )
+    extension = tuple(misc["extension"]) if misc.get("extension") else None
+    if misc["config"]["train"]["steps"] != cfg.train.steps:
+        last = optim.check_extension(cfg.opt.schedule, misc["config"]["train"]["steps"], cfg.train.steps, latest)
+        extension = (last, latest) if cfg.opt.schedule.rewarm_steps else None
+    parts = Parts(cfg, extension)
+    state, _ = checkpoints.restore(parts.target, parts.fresh_opt)
+    return parts, state, extension, f"continuing at step {int(state.step)}"
+
+
+def train(
+    cfg: Config, home: Path, cache: Path, facts: dict, resume: str, interrupted: Callable[[], bool]
+) -> int:
+    """Run to the end of the config. Returns the exit status: 0, 1 (stopped), 130 (interrupted)."""
+    progress = Progress(cfg.train.steps)
+    corpus = shards.prepare(cfg.data, cfg.model.vocab_size, cache / "tokens", progress.print)
+    with checkpoint.Checkpointer(cfg.ckpt, home / "ckpt") as checkpoints:
+        parts, state, extension, origin = start_state(cfg, home, checkpoints, resume)
+        first = int(state.step)
+        device = jax.devices()[0]
+        facts = facts | {
+            "devices": {"platform": device.platform, "kind": device.device_kind, "count": len(jax.devices())},
+            "data": {"sha256": corpus.sha256, "directory": corpus.directory.name, **corpus.manifest},
+        }
+        manifest.write(home, cfg, facts)
+        corpus.tokenizer.save(home / "tokenizer.json")
+        _banner(cfg, home, corpus, progress, origin, device)
+        writers = open_writers(cfg.log, home, first)
+        if first == 0:
+            writers.text(0, "config", json.dumps(manifest.to_dict(cfg), indent=1))
+
+        def misc(step: int) -> dict:
+            tokens = step * cfg.data.batch * cfg.data.seq_len
+            return {
+                "step": step, "data_position": step, "tokens": tokens, "config": manifest.to_dict(cfg),
+                "extension": extension, "data_sha256": corpus.sha256,
+                "tokenizer_sha256": corpus.tokenizer.sha256, "eval": dict(scores),
+            }  # fmt: skip
+
+        scores: dict[str, float] = {}
+        evaluate = hooks.evaluate(_scorer(cfg, parts, corpus), writers, progress, scores)
+        sample = hooks.sample(_sampler(cfg, corpus), writers, progress)
+        wanted = [
+            hooks.log_metrics(cfg, parts.schedules, writers, progress),
+            loop.every(cfg.eval.every_steps, evaluate),
+            *([loop.every(cfg.eval.every_steps, sample)] if cfg.eval.sample_tokens else []),
+            hooks.save(checkpoints, misc, progress),
+            hooks.stop_when(interrupted, cfg.opt.skip_nonfinite),
+        ]
+        if first < cfg.train.steps:
+            progress.print("compiling the step")
+        batches = pipeline.batches(cfg.data, corpus, cfg.seed, first)
+        on_device = parallel.prefetch(batches, parts.mesh)
+        began = time.perf_counter()
+        try:
+            state, reason = loop.run(_timed_first(parts.step, progress), state, on_device, wanted, cfg.train.steps)
+        finally:
+            batches.close()
+        done, took = int(state.step), time.perf_counter() - began
+        if not reason and scores.get("step") != done:
+            evaluate(done, state, {})
+        if not reason and cfg.eval.sample_tokens and (not cfg.eval.every_steps or done % cfg.eval.every_steps):
+            sample(done, state, {})
+        identity = {"state_sha256": checkpoint.state_sha256(state)}
+        checkpoints.save(done, state, misc(done) | identity, wait=True)
+        writers.close()
+    if reason:
+        progress.print(f"stopped at step {done}: {reason}\nthe same command continues this run")
+        return 130 if reason == "interrupted" else 1
+    _farewell(cfg, home, progress, scores, done - first, took)
+    return 0
+
+
+def _timed_first(step_fn: steps.StepFn, progress: Progress) -> steps.StepFn:
+    """Say how long the first call took, and warn if a later one compiles again."""
+    calls = itertools.count()
+
+    def timed(state, batch):
+        index, start = next(calls), time.perf_counter()
+        result = step_fn(state, batch)
+        if index == 0:
+            progress.print(f"compiled in {time.perf_counter() - start:.1f} s")
+        elif (traces := step_fn._cache_size()) > 1:  # type: ignore[attr-defined]
+            progress.print(f"warning: the step was compiled {traces} times; an argument changed shape or type")
+        return result
+
+    return timed
+
+
+def _scorer(cfg: Config, parts: Parts, corpus: shards.Corpus) -> Callable[[TrainState], dict[str, float]]:
+    made = pipeline.val_batches(cfg.data, corpus, cfg.eval.batches)
+    sizes = np.zeros(padded_vocab(cfg.model), np.int32)
+    known = corpus.tokenizer.token_bytes()
+    sizes[: len(known)] = known
+
+    def score(state: TrainState) -> dict[str, float]:
+        placed = (parallel.shard_batch(arrays, parts.mesh) for arrays in made)
+        return eval_loss.bits_per_byte(parts.eval_step, state.params, placed, sizes)
+
+    return score
+
+
+def _sampler(cfg: Config, corpus: shards.Corpus) -> Callable[[TrainState], str]:
+    tokenizer = corpus.tokenizer
+    prompt = [tokenizer.bos_id, *tokenizer.encode(cfg.eval.prompt)]
+    length = cfg.eval.sample_tokens
+    settings = InferConfig(
+        max_tokens=length, temperature=cfg.infer.temperature, top_k=cfg.infer.top_k, top_p=cfg.infer.top_p,
+        capacity=max(cfg.infer.capacity, len(prompt) + length),
+    )  # fmt: skip
+
+    def text(state: TrainState) -> str:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params = jax.device_put(state.params, one)
+        ids = engine.generate(cfg.model, params, prompt, settings, jax.random.key(cfg.seed))
+        return cfg.eval.prompt + "".join(load.pieces(tokenizer, ids))
+
+    return text
+
+
+def _banner(cfg: Config, home: Path, corpus: shards.Corpus, progress: Progress, origin: str, device) -> None:
+    counts = corpus.manifest["counts"]
+    dtype = transformer.compute_dtype(cfg.model).name
+    total = params_lib.count(transformer.param_specs(cfg.model))
+    rows = cfg.train.steps / pipeline.epoch_steps(cfg.data, corpus)
+    progress.print(
+        f"device: {len(jax.devices())} x {device.device_kind} ({device.platform}), computing in {dtype}\n"
+        f"model:  {si(total)} parameters, {cfg.model.layers} layers x {cfg.model.loop.count} loops, "
+        f"{cfg.model.quant} matrices\n"
+        f"data:   {cfg.data.source}: {si(counts['train']['tokens'])} tokens to train on, "
+        f"{si(counts['val']['tokens'])} held out; this run sees {rows:.2f} epochs\n"
+        f"output: {home}; {origin}"
+    )
+
+
+def _farewell(cfg: Config, home: Path, progress: Progress, scores: dict, count: int, took: float) -> None:
+    tokens = count * cfg.data.batch * cfg.data.seq_len
+    speed = f"{si(tokens / took)} tokens/s over all, " if count else ""
+    progress.print(
+        f"done in {duration(took)}: {scores['eval/bpb']:.4f} bits per byte held out, "
+        f"{scores['eval/loss']:.4f} nats per token, {speed}"
+        f"peak memory {hooks.memory_gib():.1f} GiB\n\nnext:\n"
+        f'  python -m nanochat_jax.inference --workdir={home} --prompt="{cfg.eval.prompt}" --max_tokens=200\n'
+        f"  tensorboard --logdir={home / 'tb'}\n"
+        f"  python -m nanochat_jax.train --config={home / 'config.json'} --workdir={home} "
+        f"--config.train.steps={2 * cfg.train.steps} --config.opt.schedule.rewarm_steps=50"
+    )
