@@ -1,0 +1,47 @@
+"""Test setting: eight fake CPU devices, strict rank promotion, no network."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+FLAG = "--xla_force_host_platform_device_count=8"
+if FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+
+import socket
+
+import jax
+import pytest
+
+from nanochat_jax.config import ModelConfig
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+_connect = socket.socket.connect
+
+
+def _loopback_only(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise OSError(f"tests must not use the network: {address}")
+    return _connect(self, address)
+
+
+socket.socket.connect = _loopback_only  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def tiny():
+    """A model that compiles in a second."""
+    return ModelConfig(vocab_size=64, dim=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp_dim=64)
+
+
+@pytest.fixture
+def child_env(tmp_path):
+    """Environment of child processes: one device, caches of their own."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
+    return kept | {"JAX_PLATFORMS": "cpu", "NANOCHAT_JAX_HOME": str(tmp_path / "home")}
