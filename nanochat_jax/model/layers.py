@@ -13,7 +13,7 @@ def rms_norm(x: jax.Array, gain: jax.Array | None = None, eps: float = 1e-6) -> 
     """x / rms(x) over the last axis, computed in float32; times `gain` [D] if given."""
     wide = x.astype(jnp.float32)
     y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return (y if gain is None else y * gain).astype(x.dtype)
+    return (y if gain is None else y * gain.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def rotary_table(positions_BL: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -104,7 +104,8 @@ def mask_padding(cfg: ModelConfig, raw: jax.Array) -> jax.Array:
     """Exclude the ids beyond vocab_size, which exist only to round the table up."""
     if raw.shape[-1] == cfg.vocab_size:
         return raw
-    return jnp.where(jnp.arange(raw.shape[-1]) < cfg.vocab_size, raw, attention.MASKED)
+    known = jax.lax.broadcasted_iota(jnp.int32, raw.shape, raw.ndim - 1) < cfg.vocab_size
+    return jnp.where(known, raw, attention.MASKED)
 
 
 def forward(

@@ -42,8 +42,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
             "loss/total": loss,
-            "opt/grad_norm": optax.global_norm(grads),
-            "opt/update_norm": optax.global_norm(updates),
+            "opt/grad_norm": optax.tree.norm(grads),
+            "opt/update_norm": optax.tree.norm(updates),
             "data/weight": jnp.sum(batch.weights),
             **optim.metrics(opt_state),
         }

@@ -60,7 +60,7 @@ def test_newton_schulz_matches_float64_recurrence(shape, coefficients, steps):
 @pytest.mark.parametrize("coefficients", muon.COEFFICIENTS)
 @pytest.mark.parametrize("decades", [0, 3, 6, 12])
 @pytest.mark.parametrize("steps", [5, 8])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", [False, True], ids=["wide", "tall"])
 def test_gram_span_is_as_accurate_as_the_textbook(coefficients, decades, steps, transposed):
     x = with_singular_values(64, 256, 10.0 ** -np.linspace(0, decades, 64))
     x = x.T if transposed else x

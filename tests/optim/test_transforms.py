@@ -21,7 +21,7 @@ CONSTANT = ScheduleConfig(warmup_steps=0, decay_fraction=0.0, floor=1.0)
 
 def built(name):
     def make(learning_rate):
-        matrix = GroupConfig(name=name, lr=learning_rate, weight_decay=0.01)
+        matrix = GroupConfig(name=name, lr=learning_rate, weight_decay=0.01, steps=2)
         return optim.build(OptConfig(matrix=matrix, schedule=CONSTANT), 1000)[0]
 
     return make
@@ -31,17 +31,17 @@ def built(name):
 ROWS = {
     "muon": muon.muon,
     "muon_plain": lambda learning_rate: muon.muon(
-        learning_rate, 0.9, 0.01, 7, "jordan", "rms", nesterov=False
+        learning_rate, 0.9, 0.01, 2, "jordan", "rms", nesterov=False
     ),
     "lion": lion.lion,
     "cautious_decay": lambda learning_rate: optax.chain(
-        muon.scale_by_muon(), add_cautious_decay(0.01), optax.scale_by_learning_rate(learning_rate)
+        lion.scale_by_lion(), add_cautious_decay(0.01), optax.scale_by_learning_rate(learning_rate)
     ),
-    "skip": lambda learning_rate: skip.skip_nonfinite(muon.muon(learning_rate)),
+    "skip": lambda learning_rate: skip.skip_nonfinite(lion.lion(learning_rate)),
     **{f"built_{name}": built(name) for name in optim.OPTIMIZERS},
 }
 # Sizes that 8 divides, so that every axis can be sharded.
-SHAPES = {"attn": {"q": (8, 16, 16)}, "mlp": {"up": (8, 16, 64), "down": (8, 64, 16)}}
+SHAPES = {"attn": {"q": (8, 8, 8)}, "mlp": {"up": (8, 8, 32), "down": (8, 32, 8)}}
 # Newton-Schulz amplifies rounding at small singular values by up to 1e3; times a rate of 0.1.
 TOLERANCE = 5e-5
 
@@ -62,7 +62,7 @@ def assert_close(a, b, atol=TOLERANCE):
 
 def run(tx, count=3, update=None, state=None):
     """Parameters and state after some updates."""
-    p, state, update = tree(0), tx.init(tree(0)) if state is None else state, update or tx.update
+    p, state, update = tree(0), tx.init(tree(0)) if state is None else state, update or jax.jit(tx.update)
     for i in range(count):
         updates, state = update(tree(i + 1), state, p)
         p = optax.apply_updates(p, updates)
@@ -101,17 +101,10 @@ def test_state_keeps_its_types_and_compiles_once(make):
 @rows
 def test_jit_equals_no_jit(make):
     tx = make(0.1)
-    p, state = run(tx)
-    q, jitted = run(tx, update=jax.jit(tx.update))
+    p, state = run(tx, update=tx.update)
+    q, jitted = run(tx)
     assert_close(p, q)
     assert_close(state, jitted)
-
-
-@rows
-def test_updates_keep_the_gradients_dtype_or_widen(make):
-    tx = make(0.1)
-    updates, _ = tx.update(tree(1), tx.init(tree(0)), tree(0))
-    assert all(u.dtype == jnp.float32 for u in jax.tree.leaves(updates))
 
 
 @rows
@@ -136,8 +129,7 @@ def test_minimizes_a_matrix_quadratic(make):
 def test_inside_chain(make):
     p, _ = run(make(0.1))
     q, _ = run(optax.chain(optax.identity(), make(0.05), optax.scale(2.0)))
-    # half the rate, doubled; only the trajectories of decay and state may not notice
-    assert_close(p, q)
+    assert_close(p, q)  # half the rate, doubled
 
 
 @rows
@@ -160,9 +152,10 @@ def test_inside_multi_steps(make):
     many = optax.MultiSteps(tx, 2)
     p, g, h = tree(0), tree(1), tree(2)
     state = many.init(p)
-    first, state = many.update(g, state, p)
+    update = jax.jit(many.update)
+    first, state = update(g, state, p)
     assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(first))
-    second, _ = many.update(h, state, p)
+    second, _ = update(h, state, p)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, g, h)
     assert_close(second, tx.update(mean, tx.init(p), p)[0])
 
@@ -184,26 +177,28 @@ def test_round_trip_through_numpy(make):
     assert_close(a, b, 0)
 
 
-@rows
-@pytest.mark.parametrize(
-    "spec",
-    [("x",), (None, "x"), (None, None, "x"), (None, "x", "y")],
-    ids=["layer", "rows", "columns", "both"],
-)
-def test_sharded_equals_unsharded(make, spec):
+# Only Newton-Schulz mixes the elements of a leaf: it meets every layout, the others one.
+LAYOUTS = {"layers": ("x",), "rows": (None, "x"), "columns": (None, None, "x"), "both": (None, "x", "y")}
+CASES = [("muon", layout) for layout in LAYOUTS]
+CASES += [(row, "both") for row in ("lion", "cautious_decay", "built_muon", "built_adamw")]
+
+
+@pytest.mark.parametrize(("row", "layout"), CASES)
+def test_sharded_equals_unsharded(row, layout):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: XLA_FLAGS was set before this file was read")
+    make, spec = ROWS[row], LAYOUTS[layout]
     sizes, names = ((4, 2), ("x", "y")) if "y" in spec else ((8,), ("x",))
     mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
     on_mesh = lambda x: NamedSharding(mesh, PartitionSpec(*spec) if jnp.ndim(x) == 3 else PartitionSpec())  # noqa: E731
     tx = make(0.1)
-    layout = jax.tree.map(on_mesh, jax.eval_shape(tx.init, tree(0)))
+    shardings = jax.tree.map(on_mesh, jax.eval_shape(tx.init, tree(0)))
     put = lambda t: jax.device_put(t, jax.tree.map(on_mesh, t))  # noqa: E731
-    p, state = put(tree(0)), jax.jit(tx.init, out_shardings=layout)(put(tree(0)))
+    p, state = put(tree(0)), jax.jit(tx.init, out_shardings=shardings)(put(tree(0)))
     update = jax.jit(tx.update)  # no out_shardings: the partitioner must keep them by itself
     for i in range(3):
         updates, state = update(put(tree(i + 1)), state, p)
         p = optax.apply_updates(p, updates)
-    for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True):
+    for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
     assert_close(jax.device_get(p), run(tx)[0])

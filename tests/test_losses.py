@@ -1,0 +1,125 @@
+"""The chunked token loss against automatic differentiation of the plain formulas."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import losses
+from nanochat_jax import params as params_lib
+from nanochat_jax.config import ModelConfig
+from nanochat_jax.model import transformer
+from nanochat_jax.types import Batch
+
+CFG = ModelConfig(vocab_size=60, dim=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=32)
+
+
+def case(seed=0, B=2, L=12):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(B, L, 16)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(16, 128)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 60, (B, L)), jnp.int32)
+    weights = jnp.asarray(rng.random((B, L)) * (rng.random((B, L)) > 0.3), jnp.float32)
+    return hidden, head, targets, weights
+
+
+def plain(cfg, coefficients, hidden, head, targets, weights):
+    raw = hidden @ head
+    if cfg.softcap:
+        raw = cfg.softcap * jnp.tanh(raw / cfg.softcap)
+    z = raw[..., : cfg.vocab_size]
+    log_p = jax.nn.log_softmax(z)
+    nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+    statistics = {
+        "nll": nll, "z": jax.nn.logsumexp(z, -1) ** 2, "entropy": -jnp.sum(jnp.exp(log_p) * log_p, -1),
+    }  # fmt: skip
+    return sum(c * jnp.sum(weights * statistics[name]) for name, c in coefficients)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("chunk", [2, 7, 24, 1000])
+@pytest.mark.parametrize("mix", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.1, -0.3)])
+def test_value_and_gradients(softcap, chunk, mix):
+    cfg = dataclasses.replace(CFG, softcap=softcap)
+    coefficients = tuple(zip(losses.STATISTICS, mix, strict=True))
+    hidden, head, targets, weights = case()
+
+    def ours(hidden, head):
+        return 3 * losses.token_loss(cfg, chunk, coefficients, hidden, head, targets, weights)[0]
+
+    def theirs(hidden, head):
+        return 3 * plain(cfg, coefficients, hidden, head, targets, weights)
+
+    got, got_grads = jax.value_and_grad(ours, (0, 1))(hidden, head)
+    want, want_grads = jax.value_and_grad(theirs, (0, 1))(hidden, head)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(ours(hidden, head), want, rtol=1e-5)  # also without differentiation
+    for a, b in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(1 + jnp.abs(b).max()))
+
+
+def test_full_logits_are_never_materialized():
+    """The largest array of the compiled gradient is far below batch x length x vocabulary."""
+    cfg = dataclasses.replace(CFG, vocab_size=8192)
+    B, L, D = 4, 256, 16
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, L, D), (D, 8192), (B, L))]
+    targets = jax.ShapeDtypeStruct((B, L), jnp.int32)
+
+    def loss(hidden, head, weights, targets):
+        return losses.token_loss(cfg, 64, (("nll", 1.0), ("z", 0.0), ("entropy", 0.0)), hidden, head, targets, weights)[0]
+
+    memory = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes, targets).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < B * L * 8192 * 4 / 2
+
+
+def model_case():
+    params = params_lib.init_params(transformer.param_specs(CFG), jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    rng = np.random.default_rng(1)
+    tokens = jnp.asarray(rng.integers(0, 60, (2, 12)), jnp.int32)
+    ones = jnp.ones_like(tokens)
+    positions = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (2, 12))
+    return params, Batch(tokens, jnp.roll(tokens, -1, 1), ones / 24.0, ones, positions)
+
+
+@pytest.mark.parametrize("name", losses.TERMS)
+def test_every_term_is_finite_and_descends(name, key):
+    """A small step against the gradient changes the term's own statistic in its direction."""
+    params, batch = model_case()
+    loss_fn = losses.make_loss(CFG, ((name, 1.0),), 16)
+    (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+    assert math.isfinite(value) and float(jnp.linalg.norm(grads["head"])) > 0
+    moved = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
+    after, moved_metrics = loss_fn(moved, batch, key)
+    assert after < value
+    change = moved_metrics[f"loss/{name}"] - metrics[f"loss/{name}"]
+    assert change > 0 if name == "logit_entropy" else change < 0
+
+
+@pytest.mark.parametrize("name", ["z", "logit_entropy"])
+def test_zero_weight_is_absence(name, key):
+    params, batch = model_case()
+    alone = jax.grad(lambda p: losses.make_loss(CFG, (("next_token", 1.0),), 16)(p, batch, key)[0])(params)
+    zero = jax.grad(
+        lambda p: losses.make_loss(CFG, (("next_token", 1.0), (name, 0.0)), 16)(p, batch, key)[0]
+    )(params)
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(zero), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_masked_targets_have_no_influence(key):
+    params, batch = model_case()
+    masked = batch.replace(weights=batch.weights.at[:, 6:].set(0.0))
+    other = masked.replace(targets=masked.targets.at[:, 6:].set(0))
+    loss_fn = losses.make_loss(CFG, (("next_token", 1.0), ("z", 0.1)), 16)
+    assert loss_fn(params, masked, key)[0] == loss_fn(params, other, key)[0]
+
+
+def test_token_nll_matches_the_loss(key):
+    params, batch = model_case()
+    nll = losses.make_token_nll(CFG, 16)(params, batch)
+    loss, _ = losses.make_loss(CFG, (("next_token", 1.0),), 16)(params, batch, key)
+    np.testing.assert_allclose(jnp.sum(nll * batch.weights), loss, rtol=1e-5)
