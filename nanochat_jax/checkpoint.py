@@ -3,20 +3,21 @@
 A checkpoint is four items under <directory>/<step>/: params, opt, step and misc (JSON). They are
 separate so that parameters can be read without an optimizer. Orbax commits by renaming a temporary
 directory, so a killed save leaves the previous checkpoint; but it restores a flipped byte without
-complaint. Therefore a manifest of file sizes and SHA-256 sums is written beside every commit
-(manifests/<step>.json) and a fingerprint of the values is stored in misc; restore compares both and
-falls back to the next older checkpoint, saying why.
+complaint. Therefore a manifest of file sizes and SHA-256 sums (manifests/<step>.json) is written
+before every commit, and a fingerprint of the values is kept in misc. Restore compares both and falls
+back to the next older checkpoint, saying why. One process; several hosts are not supported.
 """
 
 import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +27,28 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from nanochat_jax.config import CkptConfig
-from nanochat_jax.params import flatten
+from nanochat_jax.params import flatten, path_name
 from nanochat_jax.types import Params, TrainState
 
+T = TypeVar("T")
+Misc = dict[str, Any]  # JSON
+
 log = logging.getLogger(__name__)
-ITEMS = ("params", "opt", "step", "misc")
 FORMAT = 1
+FINGERPRINTS = {"params": "fingerprint", "opt": "fingerprint_opt", "step": "fingerprint_step"}  # keys of misc
+SMALL = 2**20  # bytes; files up to this size are always hashed: structure and misc have no fingerprint
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read. The message says why and what is intact."""
+
+
+class _DamagedError(CheckpointError):
+    """A checkpoint's content is not what was saved."""
+
+
+class _MismatchError(Exception):
+    """A checkpoint holds a tree with other leaves than wanted. The message names the first."""
 
 
 class Checkpointer:
@@ -54,21 +67,23 @@ class Checkpointer:
     ):
         self.cfg, self.directory = cfg, Path(directory).absolute()
         self._clock, self._disk_free = clock, disk_free
-        self._saved_at, self._unmanifested = clock(), None
+        self._saved_at, self._saving = clock(), None
         keep: list[Any] = [preservation_policy.LatestN(cfg.keep_last)]
         if cfg.keep_every_steps:
             keep.append(preservation_policy.EveryNSteps(cfg.keep_every_steps))
         self.directory.mkdir(parents=True, exist_ok=True)
         for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            log.warning("removing the unfinished save %s", partial.name)
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs 20 lines per save
-        self._manager = ocp.CheckpointManager(
+            log.warning("removing the unfinished save %s", partial)
+        if (absl := logging.getLogger("absl")).getEffectiveLevel() < logging.WARNING:
+            absl.setLevel(logging.WARNING)  # Orbax logs 20 lines per save at INFO
+        self._manager: Any = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
-            item_names=ITEMS,
+            item_names=(*FINGERPRINTS, "misc"),
         )
 
     def __enter__(self) -> "Checkpointer":
@@ -79,50 +94,53 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of all committed checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        return _steps(self.directory)
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint."""
-        return max(self.steps(), default=None)
+        """Step of the newest committed checkpoint."""
+        return latest_step(self.directory)
 
     def due(self, step: int) -> bool:
-        """Is it time to save, by steps or by minutes since the last save?"""
+        """Is it time to save, by steps or by minutes since the last save was tried?"""
         by_step = self.cfg.every_steps and step % self.cfg.every_steps == 0
         by_time = self.cfg.every_minutes and self._clock() - self._saved_at >= 60 * self.cfg.every_minutes
         return bool(by_step or by_time)
 
-    def save(self, step: int, state: TrainState, misc: dict[str, Any], wait: bool = False) -> bool:
+    def save(self, step: int, state: TrainState, misc: Misc, wait: bool = False) -> bool:
         """Start saving the state after `step` steps; the write itself happens in the background.
 
+        When this returns, the state has been copied and may be donated. If a save is still under
+        way, it is waited for first.
+
         Args: misc: JSON-able facts; NaN and infinity become null. wait: return after the commit.
-        Returns: False if this step is already saved.
-        Raises: CheckpointError if the disk is too full (nothing was written), or if this or the
-        previous save failed.
+        Returns: False if this step is already saved (nothing is done), else True.
+        Raises: CheckpointError if the disk is too full, or if this or the previous save failed.
+        Earlier checkpoints are intact then, and later saves may succeed.
         """
         self._finish()
-        self._saved_at = self._clock()
-        if step in self._manager.all_steps():
+        self._saved_at = self._clock()  # a full disk is tried again after the interval, not at every step
+        if step in self.steps():
             return False
-        needed = sum(x.nbytes for x in jax.tree.leaves(state)) + int(self.cfg.min_free_gb * 2**30)
-        if (free := self._disk_free(self.directory)) < needed:
+        size = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(state))
+        needed, free = size + int(self.cfg.min_free_gb * 2**30), self._disk_free(self.directory)
+        if free < needed:
             raise CheckpointError(
-                f"no checkpoint at step {step}: it needs {needed / 2**30:.2f} GiB free (with "
+                f"no checkpoint at step {step}: it needs {needed / 2**30:.2f} GiB free (of these "
                 f"ckpt.min_free_gb = {self.cfg.min_free_gb}), {self.directory} has {free / 2**30:.2f}; "
-                f"the checkpoint of step {self.latest()} is intact"
+                f"free some space; the checkpoint of step {self.latest()} is intact"
             )
-        record = _finite({**misc, "format": FORMAT, **_fingerprints(state)})
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt=ocp.args.StandardSave({"opt": state.opt_state}),
-                step=ocp.args.StandardSave({"step": state.step}),
-                misc=ocp.args.JsonSave(record),
-            ),
-        )
+        items = {"params": state.params, "opt": {"opt": state.opt_state}, "step": {"step": state.step}}
+        prints = {FINGERPRINTS[name]: fingerprint(tree) for name, tree in items.items()}
+        record = _jsonable({"step": step, **misc, "format": FORMAT, **prints})
+        json.dumps(record)  # a value that is no JSON must fail here, not in the background
+        self._saving = step
+        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        try:
+            saved = self._manager.save(step, args=ocp.args.Composite(**saves, misc=ocp.args.JsonSave(record)))
+        except Exception as error:
+            raise self._failed(error) from error
         if not saved:
             raise CheckpointError(f"step {step} was not saved: it is older than step {self.latest()}")
-        self._unmanifested = step
         if wait:
             self._finish()
         return True
@@ -131,8 +149,13 @@ class Checkpointer:
         """Wait for the save under way. Raises: CheckpointError if it failed."""
         self._finish()
 
+    def check(self) -> None:
+        """Report a failure in the background without waiting. Raises: CheckpointError."""
+        if self._manager is not None and not self._manager.is_saving_in_progress():
+            self._finish()
+
     def close(self) -> None:
-        """Wait, and release Orbax's threads. Closing twice is harmless."""
+        """Wait, and release Orbax's threads. Closing twice is harmless. Raises: as `wait`."""
         if self._manager is not None:
             try:
                 self._finish()
@@ -141,134 +164,161 @@ class Checkpointer:
                 self._manager = None
 
     def _finish(self) -> None:
-        """Wait for the commit of the save under way, then write its manifest."""
+        """Wait for the commit of the save under way; remove manifests of deleted checkpoints."""
+        if self._manager is None:
+            raise CheckpointError(f"the Checkpointer of {self.directory} is closed")
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            self._unmanifested = None
-            raise CheckpointError(f"the save in the background failed: {error}") from error
-        if self._unmanifested is not None:
-            step, self._unmanifested = self._unmanifested, None
-            _write_manifest(self.directory, step)
+            raise self._failed(error) from error
+        self._saving, kept = None, self.steps()
         for old in self.directory.glob("manifests/*.json"):
-            if int(old.stem) not in self._manager.all_steps():
+            if int(old.stem) not in kept:
                 old.unlink()
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        """Give back the disk space of the failed save, and forget it."""
+        step, self._saving = self._saving, None
+        for partial in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        self._manager.reload()
+        return CheckpointError(
+            f"saving step {step} in {self.directory} failed: {_first_line(error)}; "
+            f"the checkpoint of step {self.latest()} is intact"
+        )
+
+    def _write_manifest(self) -> None:
+        """Record the files of the save under way; Orbax calls this just before the commit."""
+        final = self.directory / str(self._saving)
+        partial = next(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"), final)
+        files = {}
+        for path in sorted(partial.rglob("*")):
+            # Orbax adds the time of the commit to files at the top level; restore does not read them.
+            if path.is_file() and path.parent != partial:
+                name = str(path.relative_to(partial))
+                files[name] = {"size": path.stat().st_size, "sha256": _file_sha256(path)}
+        target = self.directory / "manifests" / f"{self._saving}.json"
+        target.parent.mkdir(exist_ok=True)
+        with open(target.with_suffix(".partial"), "w") as out:
+            json.dump(files, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        target.with_suffix(".partial").replace(target)
 
     def restore(
         self,
         target: TrainState,
         init_opt: Callable[[Params], optax.OptState],
         step: int | None = None,
-    ) -> tuple[TrainState, dict[str, Any]]:
+    ) -> tuple[TrainState, Misc]:
         """Restore the newest intact checkpoint, or exactly `step`.
+
+        Newer checkpoints found damaged are moved to <directory>/damaged, so that their steps can be
+        saved again; if none is intact, nothing is moved.
 
         Args: target: TrainState of ShapeDtypeStructs with shardings of the current mesh (from
         eval_shape; the mesh may differ from the one that saved). init_opt: makes a fresh optimizer
-        state, used with a warning if the saved one has another structure (another optimizer).
+        state, used with a warning if the saved one has other leaves (another optimizer).
         Returns: (state, misc).
         Raises: CheckpointError if there is none, if none is intact (with each reason), or if the
-        parameters have other names or shapes.
+        parameters have other names, shapes or dtypes.
         """
-        candidates = [step] if step is not None else self.steps()[::-1]
-        reasons = []
-        for candidate in candidates:
-            try:
-                return self._restore(candidate, target, init_opt)
-            except _Damaged as damage:
-                reasons.append(f"step {candidate}: {damage}")
-                log.warning("checkpoint of step %d is damaged (%s); trying the one before", candidate, damage)
-        raise CheckpointError(f"no intact checkpoint in {self.directory}: {'; '.join(reasons) or 'it has none'}")
+        self._finish()
+        if step is not None and step not in self.steps():
+            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; it has {self.steps()}")
+        candidates = self.steps()[::-1] if step is None else [step]
+        restored, damaged = _first_intact(
+            self.directory, candidates, lambda step: self._restore(step, target, init_opt)
+        )
+        for bad in damaged:
+            self._set_aside(bad)
+        return restored
 
-    def _restore(self, step, target, init_opt):
-        directory = self.directory / str(step)
-        _verify(self.directory, step, self.cfg.verify)
-        misc = read_misc(self.directory, step)
-        params = _read_params(directory, target.params)
-        if (expected := misc.get("fingerprint")) != (got := fingerprint(params)):
-            raise _Damaged(f"parameters have fingerprint {got}, expected {expected}")
-        count = _read(directory / "step", {"step": target.step})["step"]
+    def _restore(
+        self, step: int, target: TrainState, init_opt: Callable
+    ) -> tuple[TrainState, Misc]:
+        misc = _verify(self.directory, step, self.cfg.verify)
+        params = _read_params(self.directory, step, target.params, misc)
         try:
-            opt = _read(directory / "opt", {"opt": target.opt_state})["opt"]
-        except ValueError as error:
-            changed = _difference(_structure(directory / "opt"), {"opt": target.opt_state})
-            if not changed:
-                raise _Damaged(f"optimizer state: {_first_line(error)}") from None
+            count = _read(self.directory, step, "step", {"step": target.step}, misc)["step"]
+        except _MismatchError as other:
+            raise _DamagedError(f"step: {other}") from None
+        try:
+            opt_state = _read(self.directory, step, "opt", {"opt": target.opt_state}, misc)["opt"]
+        except _MismatchError as other:
             log.warning(
-                "checkpoint of step %d was written by another optimizer (%s): keeping the parameters "
-                "and starting its state anew", step, changed,
+                "checkpoint of step %d has the state of another optimizer (%s): keeping the parameters and "
+                "the step, starting the optimizer's state, its own step counts included, anew",
+                step, other,
             )  # fmt: skip
-            opt = init_opt(params)
-        else:
-            if misc.get("fingerprint_opt") != (got := fingerprint(opt)):
-                raise _Damaged(f"optimizer state has fingerprint {got}, expected {misc.get('fingerprint_opt')}")
-        return TrainState(count, params, opt), misc
+            opt_state = init_opt(params)
+        return TrainState(count, params, opt_state), misc
+
+    def _set_aside(self, step: int) -> None:
+        aside = self.directory / "damaged" / str(step)
+        while aside.exists():
+            aside = aside.with_name(aside.name + "_")
+        aside.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(aside)
+        log.warning("the damaged checkpoint of step %d is now %s; delete it when you like", step, aside)
+        self._manager.reload()
 
 
-def _fingerprints(state: TrainState) -> dict[str, int]:
-    return {"fingerprint": fingerprint(state.params), "fingerprint_opt": fingerprint(state.opt_state)}
-
-
-class _Damaged(Exception):
-    """A checkpoint's content is not what was saved."""
-
-
-def restore_params(directory: Path, target: Params, verify: str = "size") -> tuple[Params, dict[str, Any]]:
-    """Parameters of a directory's newest checkpoint, and its misc; nothing else is read.
+def restore_params(directory: Path, target: Params, verify: str = "size") -> tuple[Params, Misc]:
+    """Parameters of a directory's newest intact checkpoint, and its misc; nothing else is read.
 
     Args: target: tree of ShapeDtypeStructs with shardings. verify: as ckpt.verify.
-    Raises: CheckpointError if there is none, it is damaged, or names or shapes differ.
+    Raises: CheckpointError if there is none, none is intact, or names, shapes or dtypes differ.
     """
-    step = latest_step(directory)
-    if step is None:
-        raise CheckpointError(f"no checkpoint in {directory}")
-    try:
-        _verify(directory, step, verify)
-        misc = read_misc(directory, step)
-        params = _read_params(directory / str(step), target)
-        if misc.get("fingerprint") != fingerprint(params):
-            raise _Damaged("parameters do not match their fingerprint")
-    except _Damaged as damage:
-        raise CheckpointError(f"checkpoint {directory / str(step)} is damaged: {damage}") from None
-    return params, misc
+
+    def load(step: int) -> tuple[Params, Misc]:
+        misc = _verify(directory, step, verify)
+        return _read_params(directory, step, target, misc), misc
+
+    directory = Path(directory).absolute()
+    return _first_intact(directory, _steps(directory)[::-1], load)[0]
 
 
 def latest_step(directory: Path) -> int | None:
     """Newest committed step in a checkpoint directory, without opening it."""
-    names = (p.name for p in Path(directory).glob("*") if p.is_dir())
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    return max(_steps(directory), default=None)
 
 
-def read_misc(directory: Path, step: int | None = None) -> dict[str, Any]:
+def read_misc(directory: Path, step: int | None = None) -> Misc:
     """The JSON record of a checkpoint (the newest by default). Raises: CheckpointError."""
-    step = latest_step(directory) if step is None else step
+    if step is None and (step := latest_step(directory)) is None:
+        raise CheckpointError(f"no checkpoint in {directory}")
     path = Path(directory) / str(step) / "misc" / "metadata"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise _Damaged(f"{path}: {error}") from None
-
-
-@jax.jit
-def _bit_sums(tree: Any) -> list[jax.Array]:
-    def total(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if leaf.dtype == jnp.bool_:
-            leaf = leaf.astype(jnp.uint8)
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        words = jax.lax.bitcast_convert_type(leaf, unsigned)
-        # Position enters, so that swapped values are noticed, too.
-        flat = words.reshape(-1).astype(jnp.uint32)
-        return jnp.sum(flat * (2 * jnp.arange(flat.size, dtype=jnp.uint32) + 1))
-
-    return [total(leaf) for leaf in jax.tree.leaves(tree)]
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _DamagedError(f"misc: {_first_line(error)}") from None
 
 
 def fingerprint(tree: Any) -> int:
-    """A 32-bit checksum of the values of a tree, computed where they live."""
-    sums = jax.device_get(_bit_sums(tree))
-    return int(sum(int(s) * (2 * i + 1) for i, s in enumerate(sums)) % 2**32)
+    """A 32-bit checksum of the values of a tree of arrays, computed where they live.
+
+    Any changed bit changes it, and so do swapped values. None leaves count for nothing.
+    """
+    sums = jax.device_get([_bit_sum(leaf) for leaf in jax.tree.leaves(tree)])
+    return sum(int(s) * (2 * i + 1) for i, s in enumerate(sums)) % 2**32
+
+
+@jax.jit
+def _bit_sum(leaf: jax.Array) -> jax.Array:
+    """Sum of the bit patterns times odd weights by position, modulo 2^32."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    info = jnp.iinfo if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo
+    words = jax.lax.bitcast_convert_type(leaf, f"uint{min(info(leaf.dtype).bits, 32)}").astype(jnp.uint32)
+    weights, stride = jnp.ones(words.shape, jnp.uint32), 2
+    for axis in reversed(range(words.ndim)):  # never flattened, which would gather a sharded leaf
+        weights += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    return jnp.sum(words * weights, dtype=jnp.uint32)
 
 
 def state_sha256(state: TrainState) -> str:
@@ -283,83 +333,113 @@ def state_sha256(state: TrainState) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, target: Any) -> Any:
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(path, target)
+def _steps(directory: Path) -> list[int]:
+    names = (path.name for path in Path(directory).glob("*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _read_params(directory: Path, target: Params) -> Params:
+def _first_intact(
+    directory: Path, candidates: Iterable[int], load: Callable[[int], T]
+) -> tuple[T, list[int]]:
+    """(load(step), the damaged steps before it) of the first intact step. Raises: CheckpointError."""
+    reasons: dict[int, str] = {}
+    for step in candidates:
+        try:
+            return load(step), list(reasons)
+        except _DamagedError as damage:
+            reasons[step] = str(damage)
+            log.warning(
+                "checkpoint of step %d in %s is DAMAGED (%s); trying an older one", step, directory, damage
+            )
+    found = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
+    raise CheckpointError(f"no intact checkpoint in {directory}: {found or 'it has none'}")
+
+
+def _verify(directory: Path, step: int, how: str) -> Misc:
+    """Compare files with the manifest; returns misc. Raises: _DamagedError."""
     try:
-        return _read(directory / "params", target)
-    except Exception as error:
-        if changed := _difference(_structure(directory / "params"), target):
-            raise CheckpointError(f"{directory} holds another model: {changed}") from None
-        raise _Damaged(f"parameters: {_first_line(error)}") from None
+        manifest = dict(json.loads((directory / "manifests" / f"{step}.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        log.warning(
+            "checkpoint of step %d has no readable manifest (%s); its values can be checked by their "
+            "fingerprints only", step, _first_line(error),
+        )  # fmt: skip
+        manifest = {}
+    for name, expected in manifest.items():
+        file = directory / str(step) / name
+        size = file.stat().st_size if file.exists() else None
+        if size != expected.get("size"):
+            got = "is missing" if size is None else f"has {size} bytes"
+            raise _DamagedError(f"{name} {got}, expected {expected.get('size')} bytes")
+        if (how == "sha256" or size <= SMALL) and _file_sha256(file) != expected.get("sha256"):
+            raise _DamagedError(f"{name} was altered: its SHA-256 differs from the manifest")
+    return read_misc(directory, step)
 
 
-def _structure(path: Path) -> Any:
-    """Tree of shapes as saved. Raises: _Damaged if even that is unreadable."""
+def _read_params(directory: Path, step: int, target: Params, misc: Misc) -> Params:
+    try:
+        return _read(directory, step, "params", target, misc)
+    except _MismatchError as other:
+        raise CheckpointError(
+            f"{directory / str(step)} holds the parameters of another model: {other}"
+        ) from None
+
+
+def _read(directory: Path, step: int, item: str, target: Any, misc: Misc) -> Any:
+    """One item in the structure of `target`. Raises: _MismatchError, or _DamagedError for whatever goes wrong
+    in Orbax (if memory is short, no older checkpoint can be read either, and nothing is set aside)."""
+    path, want = directory / str(step) / item, flatten(target)
     try:
         with ocp.StandardCheckpointer() as reader:
-            return reader.metadata(path).item_metadata.tree
+            saved = reader.metadata(path).item_metadata.tree  # type: ignore[union-attr]
+            if changed := _difference(flatten(saved), want):
+                raise _MismatchError(changed)
+            # Leaves are matched by path, so that stateless parts of an optimizer may come and go.
+            template = jax.tree_util.tree_map_with_path(lambda path, _: want[path_name(path)], saved)
+            got = flatten(reader.restore(path, template))
+    except _MismatchError:
+        raise
     except Exception as error:
-        raise _Damaged(f"{path.name}: {_first_line(error)}") from None
+        raise _DamagedError(f"{item}: {_first_line(error)}") from error
+    tree = jax.tree.unflatten(jax.tree.structure(target), [got[name] for name in want])
+    expected = misc.get(FINGERPRINTS[item])
+    if expected is not None and (found := fingerprint(tree)) != expected:
+        raise _DamagedError(f"{item}: the values have fingerprint {found}, expected {expected}")
+    return tree
 
 
-def _difference(saved: Any, wanted: Any) -> str:
+def _difference(have: dict[str, Any], want: dict[str, Any]) -> str:
     """The first paths that are missing, unexpected or of another shape or dtype; "" if none."""
 
-    def shapes(tree):
-        return {p: (tuple(x.shape), str(x.dtype)) for p, x in flatten(tree).items() if hasattr(x, "shape")}
+    def describe(leaf: Any) -> str:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # saved as its data
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return f"{leaf.dtype}{list(leaf.shape)}"
 
-    have, want = shapes(saved), shapes(wanted)
     notes = [f"{p} is missing" for p in want if p not in have]
     notes += [f"{p} is not in this configuration" for p in have if p not in want]
-    notes += [f"{p} is {have[p]}, expected {want[p]}" for p in want if p in have and have[p] != want[p]]
+    both = [(p, describe(have[p]), describe(want[p])) for p in want if p in have]
+    notes += [f"{p} is {got}, expected {expected}" for p, got, expected in both if got != expected]
     return ", ".join(notes[:3]) + (f" and {len(notes) - 3} more" if len(notes) > 3 else "")
 
 
-def _write_manifest(directory: Path, step: int) -> None:
-    files = {}
-    for path in sorted((directory / str(step)).rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            files[str(path.relative_to(directory))] = {"size": path.stat().st_size, "sha256": digest}
-    target = directory / "manifests" / f"{step}.json"
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(files, indent=1))
-    partial.replace(target)
-
-
-def _verify(directory: Path, step: int, how: str) -> None:
-    """Compare files with the manifest. Raises: _Damaged."""
-    path = Path(directory) / "manifests" / f"{step}.json"
-    if not path.exists():  # killed between the commit and the manifest: the fingerprint must do
-        log.warning("checkpoint of step %d has no manifest; only its fingerprint can be checked", step)
-        return
-    for name, expected in json.loads(path.read_text()).items():
-        file = Path(directory) / name
-        size = file.stat().st_size if file.exists() else None
-        if size != expected["size"]:
-            raise _Damaged(f"{name} has {size} bytes, expected {expected['size']}")
-        if how == "sha256":
-            with open(file, "rb") as content:
-                if hashlib.file_digest(content, "sha256").hexdigest() != expected["sha256"]:
-                    raise _Damaged(f"{name} was altered: its SHA-256 differs from the manifest")
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _finite(value: Any) -> Any:
-    """JSON without NaN and infinity: they become null."""
+def _jsonable(value: Any) -> Any:
+    """Plain JSON values: arrays become numbers or lists, NaN and infinity null."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [_jsonable(v) for v in value]
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        return _jsonable(np.asarray(value).tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,23 +1,32 @@
-"""Where documents come from: source trees on this machine, files, datasets.
+"""Where documents come from: source trees on this machine, files, datasets, token files.
 
-`discover(cfg)` says cheaply what a source consists of (names, sizes, times), `documents(cfg)` reads
-it: in one fixed order, with every skipped document counted by reason.
+`discover(source)` says cheaply what a source consists of (names, sizes, times), `documents(cfg)`
+reads it: in one fixed order, with every skipped document counted by reason. Source code is taken
+file by file and filtered; prose and rows of tables are taken as they are, and cut if very long.
 """
 
 import glob
 import gzip
 import hashlib
+import importlib
+import io
 import json
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from nanochat_jax.config import DataConfig
 
 MIN_BYTES, MAX_BYTES = 64, 1_000_000  # of a document
-MAX_LINE = 1000  # characters; longer lines are data or generated code
+MAX_LINE = 1000  # characters; longer lines in source files are data or generated code
+PROSE = (".txt", ".md", ".rst")  # here a line may be a paragraph, and a file a book
+LLM_C_MAGIC, LLM_C_HEADER = 20240520, 256  # llm.c's and modded-nanogpt's token files: int32 values
 
 
 class DataError(ValueError):
@@ -38,22 +47,37 @@ class Document:
     text: str
 
 
-def need(module: str, extra: str):
-    """Import an optional module. Raises: MissingExtra."""
-    import importlib
+@dataclass(frozen=True)
+class TokenFile:
+    """A file of token ids made elsewhere: `count` values of `dtype` after `skip` bytes."""
 
+    path: Path
+    dtype: str  # "<u2" or "<u4"
+    skip: int
+    count: int
+
+
+def need(module: str, extra: str) -> Any:
+    """Import an optional module. Raises: MissingExtra."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise MissingExtra(f'this needs the {extra!r} extra: pip install "nanochat_jax[{extra}]"') from None
+        raise MissingExtra(f"this needs the '{extra}' extra: pip install \"nanochat_jax[{extra}]\"") from None
 
 
-def rust_roots(home: Path | None = None, system: Path = Path("/")) -> list[Path]:
-    """Directories that hold Rust sources on this machine: toolchains, cargo's registry, Debian's trees."""
+def rust_roots(
+    home: Path | None = None, system: Path = Path("/"), cargo_home: Path | None = None
+) -> list[Path]:
+    """Directories that hold Rust sources: toolchains, cargo's downloads, Debian's trees.
+
+    Args: home: where .rustup is. system: root of the file system. cargo_home: default home/.cargo.
+    """
     home = home or Path.home()
+    cargo_home = cargo_home or home / ".cargo"
     patterns = [
         (home, ".rustup/toolchains/*/lib/rustlib/src"),
-        (home, ".cargo/registry/src"),
+        (cargo_home, "registry/src"),
+        (cargo_home, "git/checkouts"),
         (system, "usr/src/rustc-*"),
         (system, "usr/share/cargo/registry"),
         (system, "usr/lib/rustlib/src"),
@@ -70,144 +94,210 @@ def _stdlib() -> tuple[Path, list[Path]]:
 
 def _rust() -> tuple[Path, list[Path]]:
     roots = rust_roots()
-    files = [path for root in roots for path in root.rglob("*.rs")]
-    if not files:
+    found = [path for root in roots for path in root.rglob("*.rs")]
+    if not found:
+        looked = f" (looked in {', '.join(map(str, roots))})" if roots else ""
         raise DataError(
-            "no Rust sources on this machine; install some: `apt install rust-src` or "
+            f"no Rust sources on this machine{looked}; install some: `apt install rust-src` or "
             "`rustup component add rust-src`, or crates such as `apt install librust-serde-dev`, "
-            "or set data.source to a path or glob"
+            "or set data.source to a directory or glob"
         )
-    return Path("/"), files
+    return Path("/"), found
 
 
 PLACES: dict[str, Callable[[], tuple[Path, list[Path]]]] = {"stdlib": _stdlib, "rust": _rust}
 
 
 def files(source: str) -> tuple[Path, list[Path]]:
-    """(root, sorted files) of a named place, a directory, a file or a glob.
+    """(root, sorted files) of a named place, a directory (without hidden files), a file or a glob.
 
     Raises: DataError if nothing matches.
     """
+    place = Path(source).expanduser()
     if source in PLACES:
         root, found = PLACES[source]()
-    elif Path(source).is_dir():
-        root, found = Path(source), [p for p in Path(source).rglob("*") if p.is_file()]
+    elif place.is_dir():
+        root, found = place, [p for p in place.rglob("*") if not _hidden(p.relative_to(place))]
     else:
-        root, found = Path("."), [Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file()]
+        root, found = Path("."), [Path(p) for p in glob.glob(str(place), recursive=True)]
     found = sorted(p for p in found if p.is_file())
     if not found:
         raise DataError(
             f"data.source '{source}' matches no file; expected {', '.join(PLACES)}, hf:<dataset>, "
-            "tokens:<file>, a directory, a file or a glob"
+            f"tokens:<file>, a directory, a file or a glob (looked from {Path.cwd()})"
         )
     return root, found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def discover(source: str) -> str:
     """Fingerprint of a source without reading it: names, sizes and modification times.
 
-    The same fingerprint means that prepared tokens can be used again. For hf: sources it is the name.
+    The same fingerprint means that prepared tokens can be used again. A dataset that is not on this
+    machine is known by its name only.
+    Raises: DataError if nothing matches.
     """
     if source.startswith("hf:"):
-        return hashlib.sha256(source.encode()).hexdigest()
+        dataset, _ = _dataset_split(source)
+        if not Path(dataset).exists():
+            return hashlib.sha256(source.encode()).hexdigest()
+        source = dataset
     digest = hashlib.sha256()
     for path in files(source)[1]:
         stat = path.stat()
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def documents(cfg: DataConfig, skipped: Counter | None = None) -> Iterator[Document]:
-    """Documents of `cfg.source` in one fixed order.
+    """Documents of `cfg.source` in one fixed order, each content once.
 
-    Args: cfg: source, text_key, max_bytes. skipped: receives counts of "undecodable", "short",
-    "long", "long line", "duplicate" and "no text" documents.
-    Raises: DataError if nothing is found; MissingExtra for Parquet or hf: without their packages.
+    Args: cfg: source, text_key, max_bytes. skipped: receives counts of documents by reason:
+    "unreadable", "undecodable", "short", "long", "long line", "duplicate", "no text".
+    Raises: DataError if nothing is found or a file is damaged; MissingExtra for Parquet or hf:
+    without their packages.
     """
     skipped = Counter() if skipped is None else skipped
     seen: set[bytes] = set()
     total = 0
     for name, raw in _raw(cfg):
-        reason, text = _check(raw)
-        if not reason:
-            digest = hashlib.sha256(text.encode()).digest()
-            reason = "duplicate" if digest in seen else ""
-            seen.add(digest)
-        if reason:
-            skipped[reason] += 1
+        if isinstance(raw, str):
+            skipped[raw] += 1
             continue
-        total += len(text.encode())
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            skipped["undecodable"] += 1
+            continue
+        digest = hashlib.sha256(raw).digest()
+        if len(raw) < MIN_BYTES or digest in seen:
+            skipped["short" if len(raw) < MIN_BYTES else "duplicate"] += 1
+            continue
+        seen.add(digest)
+        total += len(raw)
         if cfg.max_bytes and total > cfg.max_bytes:
             return
         yield Document(name, text)
 
 
-def _check(raw: bytes | str | None) -> tuple[str, str]:
-    """(reason to skip or "", text)."""
-    if raw is None:
-        return "no text", ""
-    size = len(raw)
-    if size < MIN_BYTES:
-        return "short", ""
-    if size > MAX_BYTES:
-        return "long", ""
-    try:
-        text = raw.decode() if isinstance(raw, bytes) else raw
-        text.encode()
-    except UnicodeError:
-        return "undecodable", ""
-    if max(map(len, text.split("\n"))) > MAX_LINE:
-        return "long line", ""
-    return "", text
+# What readers yield: a name, and the UTF-8 bytes or the reason why there are none.
+_Raw = Iterator[tuple[str, bytes | str]]
 
 
-def _raw(cfg: DataConfig) -> Iterator[tuple[str, bytes | str | None]]:
+def _raw(cfg: DataConfig) -> _Raw:
     if cfg.source.startswith("hf:"):
-        yield from _hub(cfg.source[3:], cfg.text_key)
+        yield from _hub(cfg.source, cfg.text_key)
         return
     root, found = files(cfg.source)
     for path in found:
         name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
         reader = next((r for suffix, r in READERS.items() if path.name.endswith(suffix)), None)
-        if reader is None:
-            yield name, path.read_bytes()
-        else:
-            for index, text in enumerate(reader(path, cfg.text_key)):
-                yield f"{name}:{index}", text
+        try:
+            if reader:
+                rows = reader(path, cfg.text_key)
+                yield from ((f"{name}:{index}", raw) for index, row in enumerate(rows) for raw in _row(row))
+            elif path.suffix in PROSE:
+                with path.open("rb") as content:
+                    yield from ((f"{name}:{index}", raw) for index, raw in enumerate(_pieces(content)))
+            else:
+                yield name, _source_file(path)
+        except OSError as error:
+            if isinstance(error, gzip.BadGzipFile):
+                raise DataError(f"{path} is no gzip file: {error}") from None
+            yield name, "unreadable"
 
 
-def _json_lines(path: Path, key: str) -> Iterator[str | None]:
+def _source_file(path: Path) -> bytes | str:
+    """Content of a file of code, or why it is not wanted."""
+    if path.stat().st_size > MAX_BYTES:
+        return "long"
+    raw = path.read_bytes()
+    lines = raw.decode(errors="replace").split("\n")
+    return "long line" if max(map(len, lines)) > MAX_LINE else raw
+
+
+def _row(text: Any) -> Iterator[bytes | str]:
+    """The text of a table's row, in pieces of at most MAX_BYTES."""
+    if not isinstance(text, str):
+        yield "no text"
+        return
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair
+        yield "undecodable"
+        return
+    if len(raw) <= MAX_BYTES:
+        yield raw
+    else:
+        yield from _pieces(io.BytesIO(raw))
+
+
+def _pieces(content: BinaryIO) -> Iterator[bytes]:
+    """Cut a long text after line ends (or at least between characters), every MAX_BYTES or less."""
+    while piece := content.read(MAX_BYTES):
+        if len(piece) == MAX_BYTES:
+            cut = piece.rfind(b"\n") + 1 or next(
+                (n for n in range(len(piece) - 1, len(piece) - 5, -1) if piece[n] & 0xC0 != 0x80), len(piece)
+            )
+            content.seek(cut - len(piece), io.SEEK_CUR)
+            piece = piece[:cut]
+        yield piece
+
+
+def _json_lines(path: Path, key: str) -> Iterator[Any]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number} is not JSON: {error}") from None
-            yield _field(row, key, f"{path}:{number}")
+    with opener(path, "rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{path}:{number} is not JSON: {error}") from None
+                yield _field(row, key, f"{path}:{number}")
+        except (EOFError, zlib.error) as error:
+            raise DataError(f"{path} is truncated or damaged: {error}") from None
 
 
-def _parquet(path: Path, key: str) -> Iterator[str | None]:
-    table = need("pyarrow.parquet", "data").ParquetFile(path)
-    if key not in table.schema_arrow.names:
-        raise DataError(
-            f"{path} has no column '{key}' (data.text_key); columns: {', '.join(table.schema_arrow.names)}"
-        )
-    for batch in table.iter_batches(columns=[key]):
-        yield from batch.column(0).to_pylist()
+def _parquet(path: Path, key: str) -> Iterator[Any]:
+    parquet, lib = need("pyarrow.parquet", "data"), need("pyarrow.lib", "data")
+    try:
+        with parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if key not in names:
+                raise DataError(f"{path} has no column '{key}' (data.text_key); columns: {', '.join(names)}")
+            for batch in table.iter_batches(columns=[key]):
+                yield from batch.column(0).to_pylist()
+    except (lib.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
 
 
-def _hub(name: str, key: str) -> Iterator[tuple[str, str | None]]:
-    """Rows of `datasets.load_dataset`; `name` is "dataset" or "dataset:split" (default train)."""
+def _dataset_split(source: str) -> tuple[str, str]:
+    """("name", "train") of "hf:name", ("name", "test") of "hf:name:test"."""
+    dataset, _, split = source.removeprefix("hf:").partition(":")
+    return dataset, split or "train"
+
+
+def _hub(source: str, key: str) -> _Raw:
+    """Rows of `datasets.load_dataset`, streamed; a local directory of files works too."""
     datasets = need("datasets", "data")
-    dataset, _, split = name.partition(":")
-    for index, row in enumerate(datasets.load_dataset(dataset, split=split or "train", streaming=True)):
-        yield f"{name}:{index}", _field(row, key, f"{name} row {index}")
+    name, split = _dataset_split(source)
+    try:
+        for index, row in enumerate(datasets.load_dataset(name, split=split, streaming=True)):
+            for raw in _row(_field(row, key, f"{source} row {index}")):
+                yield f"{name}:{index}", raw
+    except DataError:
+        raise
+    except Exception as error:  # the hub's client raises whatever its transport raises
+        first = str(error).partition("\n")[0]
+        raise DataError(f"data.source '{source}' cannot be read: {type(error).__name__}: {first}") from error
 
 
-def _field(row: dict, key: str, where: str) -> str | None:
+def _field(row: Any, key: str, where: str) -> Any:
     if not isinstance(row, dict) or key not in row:
         known = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{where} has no field '{key}' (data.text_key); fields: {known}")
@@ -215,3 +305,45 @@ def _field(row: dict, key: str, where: str) -> str | None:
 
 
 READERS = {".jsonl": _json_lines, ".jsonl.gz": _json_lines, ".parquet": _parquet}
+
+
+def token_file(path: Path) -> TokenFile:
+    """Describe a file of token ids.
+
+    The width is stated by llm.c's header, by the suffix .u16 or .u32, or by "dtype" ("uint16" or
+    "uint32") in a file of the same name with .json added; it is never guessed. Little-endian.
+    Raises: DataError if the file is missing, empty, of unknown width, or not as long as it says.
+    """
+    if not path.is_file():
+        raise DataError(f"data.source 'tokens:{path}': no such file")
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", LLM_C_HEADER)
+    sidecar = path.with_name(path.name + ".json")
+    stated: dict[str, Any] = {}
+    if len(header) == LLM_C_HEADER and header[0] == LLM_C_MAGIC:
+        if header[1] != 1:
+            raise DataError(f"{path}: header version {header[1]} is unknown; expected 1")
+        dtype, skip, stated = "<u2", header.nbytes, {"n_tokens": int(header[2])}
+    elif sidecar.is_file():
+        try:
+            stated = json.loads(sidecar.read_text())
+            dtype, skip = {"uint16": "<u2", "uint32": "<u4"}[stated["dtype"]], 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{sidecar}: expected {{"dtype": "uint16" or "uint32"}}, got {type(error).__name__}: {error}'
+            ) from None
+    elif path.suffix in (".u16", ".u32"):
+        dtype, skip = f"<u{int(path.suffix[2:]) // 8}", 0
+    else:
+        raise DataError(
+            f"{path}: 16 or 32 bits a token? Name the file .u16 or .u32, or write {sidecar.name} "
+            'with {"dtype": "uint16"}'
+        )
+    width = np.dtype(dtype).itemsize
+    count = (size - skip) // width
+    if (size - skip) % width or stated.get("n_tokens", count) != count or not count:
+        raise DataError(
+            f"{path}: expected {stated.get('n_tokens', 'a whole number of')} tokens of {width} bytes after "
+            f"{skip} bytes of header, got {size - skip} bytes; the file is truncated or of another format"
+        )
+    return TokenFile(path, dtype, skip, count)

@@ -65,10 +65,19 @@ def write(workdir: Path, cfg: Config, facts: dict[str, Any]) -> None:
         **facts,
         "starts": [*starts, now],
     }
-    for target, content in ((path, record), (workdir / "config.json", config)):
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(target)
+    _replace(path, record)
+    _replace(workdir / "config.json", config)
+
+
+def write_result(workdir: Path, facts: dict[str, Any]) -> None:
+    """Write result.json: where the run ended, its scores, and the SHA-256 of its state."""
+    _replace(workdir / "result.json", {name: value for name, value in facts.items() if name != "config"})
+
+
+def _replace(target: Path, content: dict[str, Any]) -> None:
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(target)
 
 
 def _version(package: str) -> str | None:

@@ -191,8 +191,8 @@ def train(
             evaluate(done, state, {})
         if not reason and cfg.eval.sample_tokens and (not cfg.eval.every_steps or done % cfg.eval.every_steps):
             sample(done, state, {})
-        identity = {"state_sha256": checkpoint.state_sha256(state)}
-        checkpoints.save(done, state, misc(done) | identity, wait=True)
+        checkpoints.save(done, state, misc(done), wait=True)
+        manifest.write_result(home, misc(done) | {"state_sha256": checkpoint.state_sha256(state), "stop": reason})
         writers.close()
     if reason:
         progress.print(f"stopped at step {done}: {reason}\nthe same command continues this run")

@@ -5,6 +5,7 @@ the steps. The SHA-256 of the whole state (parameters, optimizer, step) and the 
 be identical.
 """
 
+import json
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,7 @@ def verify_resume(argv: tuple[str, ...], steps: int) -> int:
         reached = checkpoint.latest_step(broken / "ckpt")
         print(f"killed with SIGKILL; the last checkpoint is of step {reached} of {steps}", file=sys.stderr)
         _child(argv, broken, *every, "--resume=must")
-        first, second = (_identity(home / "ckpt") for home in (straight, broken))
+        first, second = (_identity(home) for home in (straight, broken))
     finally:
         shutil.rmtree(root, ignore_errors=True)
     for name in first:
@@ -42,10 +43,10 @@ def verify_resume(argv: tuple[str, ...], steps: int) -> int:
     return 0 if first == second else EXIT_MISMATCH
 
 
-def _identity(directory: Path) -> dict[str, str]:
-    """What must not differ, from the final checkpoint's record."""
-    misc = checkpoint.read_misc(directory)
-    return {name: str(misc[name]) for name in ("state_sha256", "data_position", "data_sha256")}
+def _identity(home: Path) -> dict[str, str]:
+    """What must not differ, from the record at a run's end."""
+    result = json.loads((home / "result.json").read_text())
+    return {name: str(result[name]) for name in ("state_sha256", "data_position", "data_sha256")}
 
 
 def _child(argv: tuple[str, ...], home: Path, *extra: str, kill_at: int | None = None) -> None:

@@ -26,7 +26,7 @@ BASE = Config(
     data=dataclasses.replace(config_lib.DataConfig(), seq_len=32, batch=8),
     train=TrainConfig(steps=20, loss_chunk=64),
     opt=dataclasses.replace(
-        config_lib.OptConfig(), schedule=dataclasses.replace(config_lib.ScheduleConfig(), warmup_steps=3)
+        config_lib.OptConfig(), schedule=dataclasses.replace(config_lib.ScheduleConfig(), warmup_steps=1)
     ),
 )
 
@@ -93,7 +93,7 @@ def test_momenta_lie_where_their_weights_lie():
     flat = {p: s for p, s in program.params_lib.flatten(parts.layout).items()}
     spec = flat["params/blocks/mlp/up"].spec
     momenta = [s.spec for p, s in flat.items() if "mu" in p and p.endswith("blocks/mlp/up")]
-    assert spec == (None, "fsdp", "tensor") and momenta == [spec]
+    assert tuple(spec) == (None, "fsdp", "tensor") and momenta == [spec]
 
 
 def test_microbatches_equal_the_large_batch(full_precision):
@@ -188,7 +188,7 @@ def test_uniform_model_has_the_bits_of_its_vocabulary():
 
     made = Batch(**arrays(0, ragged=False))
     result = loss.bits_per_byte(uniform, {}, [made, made], np.full(256, 4, np.int32))
-    assert result["eval/bpb"] == pytest.approx(8 / 4) and result["eval/tokens"] == 2 * 8 * 32
+    assert result["eval/bpb"] == pytest.approx(8 / 4, rel=1e-5) and result["eval/tokens"] == 2 * 8 * 32
     with pytest.raises(ValueError, match="no held-out token to score"):
         loss.bits_per_byte(uniform, {}, [made], np.zeros(256, np.int32))
 
@@ -222,8 +222,7 @@ def test_interrupted_and_continued_equals_straight(tmp_path):
     broken = tmp_path / "broken"
     assert train(cfg, broken, tmp_path, stop_at=7) == 130
     assert train(cfg, broken, tmp_path, resume="must") == 0
-    read = program.checkpoint.read_misc
-    one, two = read(straight / "ckpt"), read(broken / "ckpt")
+    one, two = (program.json.loads((home / "result.json").read_text()) for home in (straight, broken))
     assert one["state_sha256"] == two["state_sha256"] and one["data_position"] == 12
     assert one["eval"]["eval/bpb"] == two["eval"]["eval/bpb"]
     rows = [line for line in (broken / "metrics.jsonl").read_text().splitlines() if "loss/total" in line]
