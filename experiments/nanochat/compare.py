@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max-foreign", type=float, default=0.05, help="repeat a pair if others used more of the CPUs"
     )
-    parser.add_argument("--wait", type=float, default=120, help="seconds to wait for a quiet moment, in all")
+    parser.add_argument("--wait", type=float, default=120, help="seconds in all to wait for quiet moments")
     parser.add_argument("--tries", type=int, default=4, help="at most so many times --blocks pairs")
     parser.add_argument("--out", type=Path, help="JSON file; default results/throughput-<quant>.json")
     return parser.parse_args()
@@ -242,6 +242,8 @@ def main() -> None:
     while len(kept) < args.blocks and len(seen) < args.tries * args.blocks:
         while patience > 0 and idle_share(0.5) < 1 - args.max_foreign:
             patience -= 0.5
+        if patience <= 0 and len(seen) >= args.blocks:
+            break
         order = (("ours", ours), ("nanochat", child.run))
         pair = {}
         for name, run in order if len(seen) % 2 == 0 else reversed(order):
