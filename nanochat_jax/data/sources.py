@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import sysconfig
 import zlib
 from collections import Counter
@@ -26,6 +27,7 @@ from nanochat_jax.config import DataConfig
 MIN_BYTES, MAX_BYTES = 64, 1_000_000  # of a document
 MAX_LINE = 1000  # characters; longer lines in source files are data or generated code
 PROSE = (".txt", ".md", ".rst")  # here a line may be a paragraph, and a file a book
+PRUNED = ("__pycache__", "site-packages", "dist-packages")  # directories that are not entered
 LLM_C_MAGIC, LLM_C_HEADER = 20240520, 256  # llm.c's and modded-nanogpt's token files: int32 values
 
 
@@ -33,7 +35,7 @@ class DataError(ValueError):
     """The data is missing, empty or damaged. The message says what to do."""
 
 
-class MissingExtra(ImportError):
+class MissingExtra(ImportError):  # noqa: N818 - it says what to install, not what failed
     """An optional package is needed. The message names the extra to install."""
 
     exit_code = 3
@@ -86,15 +88,23 @@ def rust_roots(
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
+def _tree(root: Path, suffix: str = "") -> list[Path]:
+    """Files under a directory, without hidden ones, caches and installed packages."""
+    found = []
+    for place, below, names in os.walk(root):
+        below[:] = [n for n in below if not n.startswith(".") and n not in PRUNED]
+        found += [Path(place, n) for n in names if n.endswith(suffix) and not n.startswith(".")]
+    return found
+
+
 def _stdlib() -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "__pycache__"}
-    return root, [p for p in root.rglob("*.py") if not skipped.intersection(p.relative_to(root).parts)]
+    return root, _tree(root, ".py")
 
 
 def _rust() -> tuple[Path, list[Path]]:
     roots = rust_roots()
-    found = [path for root in roots for path in root.rglob("*.rs")]
+    found = [path for root in roots for path in _tree(root, ".rs")]
     if not found:
         looked = f" (looked in {', '.join(map(str, roots))})" if roots else ""
         raise DataError(
@@ -117,7 +127,7 @@ def files(source: str) -> tuple[Path, list[Path]]:
     if source in PLACES:
         root, found = PLACES[source]()
     elif place.is_dir():
-        root, found = place, [p for p in place.rglob("*") if not _hidden(p.relative_to(place))]
+        root, found = place, _tree(place)
     else:
         root, found = Path("."), [Path(p) for p in glob.glob(str(place), recursive=True)]
     found = sorted(p for p in found if p.is_file())
@@ -127,10 +137,6 @@ def files(source: str) -> tuple[Path, list[Path]]:
             f"tokens:<file>, a directory, a file or a glob (looked from {Path.cwd()})"
         )
     return root, found
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def discover(source: str) -> str:
@@ -255,7 +261,8 @@ def _json_lines(path: Path, key: str) -> Iterator[Any]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    # Bytes that are not UTF-8 stay visible and are counted as undecodable later.
+                    row = json.loads(line.decode("utf-8-sig", errors="surrogateescape"))
                 except ValueError as error:
                     raise DataError(f"{path}:{number} is not JSON: {error}") from None
                 yield _field(row, key, f"{path}:{number}")
