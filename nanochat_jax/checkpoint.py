@@ -74,8 +74,7 @@ class Checkpointer:
         self.directory.mkdir(parents=True, exist_ok=True)
         for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
             log.warning("removing the unfinished save %s", partial)
-        if (absl := logging.getLogger("absl")).getEffectiveLevel() < logging.WARNING:
-            absl.setLevel(logging.WARNING)  # Orbax logs 20 lines per save at INFO
+        _quiet_orbax()
         self._manager: Any = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -235,9 +234,7 @@ class Checkpointer:
             self._set_aside(bad)
         return restored
 
-    def _restore(
-        self, step: int, target: TrainState, init_opt: Callable
-    ) -> tuple[TrainState, Misc]:
+    def _restore(self, step: int, target: TrainState, init_opt: Callable) -> tuple[TrainState, Misc]:
         misc = _verify(self.directory, step, self.cfg.verify)
         params = _read_params(self.directory, step, target.params, misc)
         try:
@@ -348,9 +345,7 @@ def _first_intact(
             return load(step), list(reasons)
         except _DamagedError as damage:
             reasons[step] = str(damage)
-            log.warning(
-                "checkpoint of step %d in %s is DAMAGED (%s); trying an older one", step, directory, damage
-            )
+            log.warning("checkpoint of step %d is DAMAGED (%s); trying an older one", step, damage)
     found = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
     raise CheckpointError(f"no intact checkpoint in {directory}: {found or 'it has none'}")
 
@@ -367,9 +362,9 @@ def _verify(directory: Path, step: int, how: str) -> Misc:
         manifest = {}
     for name, expected in manifest.items():
         file = directory / str(step) / name
-        size = file.stat().st_size if file.exists() else None
+        size = file.stat().st_size if file.exists() else -1
         if size != expected.get("size"):
-            got = "is missing" if size is None else f"has {size} bytes"
+            got = f"has {size} bytes" if size >= 0 else "is missing"
             raise _DamagedError(f"{name} {got}, expected {expected.get('size')} bytes")
         if (how == "sha256" or size <= SMALL) and _file_sha256(file) != expected.get("sha256"):
             raise _DamagedError(f"{name} was altered: its SHA-256 differs from the manifest")
@@ -389,6 +384,7 @@ def _read(directory: Path, step: int, item: str, target: Any, misc: Misc) -> Any
     """One item in the structure of `target`. Raises: _MismatchError, or _DamagedError for whatever goes wrong
     in Orbax (if memory is short, no older checkpoint can be read either, and nothing is set aside)."""
     path, want = directory / str(step) / item, flatten(target)
+    _quiet_orbax()
     try:
         with ocp.StandardCheckpointer() as reader:
             saved = reader.metadata(path).item_metadata.tree  # type: ignore[union-attr]
@@ -429,7 +425,15 @@ def _file_sha256(path: Path) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:140]} … {line[-140:]}"  # system errors put the cause last
+
+
+def _quiet_orbax() -> None:
+    """Show Orbax's errors only: 20 lines per save are at INFO, and reading an item alone warns of
+    files that belong to the whole."""
+    if (absl := logging.getLogger("absl")).getEffectiveLevel() < logging.ERROR:
+        absl.setLevel(logging.ERROR)
 
 
 def _jsonable(value: Any) -> Any:
