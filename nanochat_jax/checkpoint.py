@@ -74,12 +74,12 @@ class Checkpointer:
         self.directory.mkdir(parents=True, exist_ok=True)
         for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
             log.warning("removing the unfinished save %s", partial)
+        self._sweep()  # Orbax's own clean-up would run in the background, into the first save
         _quiet_orbax()
         self._manager: Any = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
             item_names=(*FINGERPRINTS, "misc"),
@@ -163,7 +163,7 @@ class Checkpointer:
                 self._manager = None
 
     def _finish(self) -> None:
-        """Wait for the commit of the save under way; remove manifests of deleted checkpoints."""
+        """Wait for the commit of the save under way, and clean up."""
         if self._manager is None:
             raise CheckpointError(f"the Checkpointer of {self.directory} is closed")
         try:
@@ -171,21 +171,31 @@ class Checkpointer:
             self._manager.check_for_errors()
         except Exception as error:
             raise self._failed(error) from error
-        self._saving, kept = None, self.steps()
-        for old in self.directory.glob("manifests/*.json"):
-            if int(old.stem) not in kept:
-                old.unlink()
+        self._saving = None
+        self._sweep()
 
     def _failed(self, error: Exception) -> CheckpointError:
         """Give back the disk space of the failed save, and forget it."""
         step, self._saving = self._saving, None
-        for partial in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        self._sweep()
         self._manager.reload()
         return CheckpointError(
             f"saving step {step} in {self.directory} failed: {_first_line(error)}; "
             f"the checkpoint of step {self.latest()} is intact"
         )
+
+    def _sweep(self) -> None:
+        """Remove what belongs to no checkpoint. Must not run while a save is under way."""
+        for _ in range(40):  # after a failure, writers of other items may still run and make files anew
+            if not (partials := list(self.directory.glob("*.orbax-checkpoint-tmp*"))):
+                break
+            for partial in partials:
+                shutil.rmtree(partial, ignore_errors=True)
+            time.sleep(0.05)
+        kept = self.steps()
+        for old in self.directory.glob("manifests/*.json"):
+            if int(old.stem) not in kept:
+                old.unlink()
 
     def _write_manifest(self) -> None:
         """Record the files of the save under way; Orbax calls this just before the commit."""
@@ -387,7 +397,9 @@ def _read(directory: Path, step: int, item: str, target: Any, misc: Misc) -> Any
     _quiet_orbax()
     try:
         with ocp.StandardCheckpointer() as reader:
-            saved = reader.metadata(path).item_metadata.tree  # type: ignore[union-attr]
+            if (metadata := reader.metadata(path).item_metadata) is None:
+                raise OSError("its structure cannot be read")
+            saved = metadata.tree
             if changed := _difference(flatten(saved), want):
                 raise _MismatchError(changed)
             # Leaves are matched by path, so that stateless parts of an optimizer may come and go.

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import gc
 import json
 import logging
 import math
@@ -28,7 +29,18 @@ from nanochat_jax.checkpoint import Checkpointer, CheckpointError, fingerprint, 
 from nanochat_jax.config import CkptConfig, OptConfig
 from nanochat_jax.types import TrainState
 
+# When a read fails, Orbax abandons the other reads; their coroutines complain when they are collected.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:Exception ignored in. (None|<coroutine object):pytest.PytestUnraisableExceptionWarning"
+)
 CFG = CkptConfig(keep_last=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collect_abandoned_reads():
+    """Let them complain here, not in another file's tests."""
+    yield
+    gc.collect()
 
 
 def target_of(tree):
@@ -79,7 +91,7 @@ def chained():
 
 
 def default():
-    return optim.build(OptConfig(), 10)[0]  # Muon, Adam, clipping, skipping, by groups
+    return optim.build(OptConfig(), 100)[0]  # Muon, Adam, clipping, skipping, by groups
 
 
 @pytest.mark.parametrize("make", [chained, default])
@@ -574,15 +586,12 @@ def test_fingerprint_sees_every_flipped_bit_and_swaps(dtype):
             return jnp.asarray(words.astype(bool))
         return jax.lax.bitcast_convert_type(jnp.asarray(words.astype(np.uint32)).astype(f"uint{bits}"), dtype)
 
-    seen = {fingerprint(values(raw))}
-    flips = [(i, j, b) for i in range(3) for j in range(5) for b in range(bits)]
-    for i, j, b in flips:
+    original = fingerprint(values(raw))
+    for i, j, bit in np.ndindex(3, 5, bits):
         changed = raw.copy()
-        changed[i, j] ^= np.uint64(1 << b)
-        found = fingerprint(values(changed))
-        assert found not in seen or found != fingerprint(values(raw))
-    swapped = raw[::-1].copy()
-    assert np.array_equal(swapped, raw) or fingerprint(values(swapped)) not in seen
+        changed[i, j] ^= np.uint64(1 << bit)
+        assert fingerprint(values(changed)) != original
+    assert fingerprint(values(raw[::-1])) != original
 
 
 def test_fingerprint_by_hand():
@@ -600,13 +609,12 @@ def test_fingerprint_by_hand():
 def kill_and_look(directory, child_env, delay):
     """Run the child, kill it `delay` seconds after its first commit, check what it left."""
     command = [sys.executable, checkpoint_child.__file__, str(directory)]
-    child = subprocess.Popen(command, env=child_env, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    printed = [child.stdout.readline()]
-    time.sleep(delay)
-    child.kill()
-    printed += child.stdout.read().splitlines(keepends=True)
-    child.wait()
+    with subprocess.Popen(command, env=child_env, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        printed = [child.stdout.readline()]
+        time.sleep(delay)
+        child.kill()
+        printed += child.stdout.read().splitlines(keepends=True)
     promised = max(int(line) for line in printed if line.endswith("\n"))
     with Checkpointer(checkpoint_child.CFG, directory) as checkpoints:
         latest = checkpoints.latest()
