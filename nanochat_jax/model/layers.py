@@ -36,7 +36,8 @@ def rotate(x_BLHK: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _swiglu(project: Project, p: Params, x_BLD: jax.Array) -> jax.Array:
-    return jax.nn.silu(project("mlp/gate", x_BLD, p["gate"])) * project("mlp/up", x_BLD, p["up"])
+    gate, up = project.several(("mlp/gate", "mlp/up"), x_BLD, (p["gate"], p["up"]))
+    return jax.nn.silu(gate) * up
 
 
 def _relu2(project: Project, p: Params, x_BLD: jax.Array) -> jax.Array:
@@ -44,8 +45,8 @@ def _relu2(project: Project, p: Params, x_BLD: jax.Array) -> jax.Array:
 
 
 def _reglu2(project: Project, p: Params, x_BLD: jax.Array) -> jax.Array:
-    gate = jnp.square(jax.nn.relu(project("mlp/gate", x_BLD, p["gate"])))
-    return gate * project("mlp/up", x_BLD, p["up"])
+    gate, up = project.several(("mlp/gate", "mlp/up"), x_BLD, (p["gate"], p["up"]))
+    return jnp.square(jax.nn.relu(gate)) * up
 
 
 # (function to the inner activations [B, L, F], does it have a gate matrix)

@@ -221,9 +221,8 @@ def _layer(cfg, project, context, tokens, i, x, x0, p, kv):
 def _attention(cfg, project, context, tokens, i, x_BLD, p, value, kv):
     B, L, _ = x_BLD.shape
     h = rms_norm(x_BLD, p.get("norm"), cfg.norm_eps)
-    q = project("attn/q", h, p["q"]).reshape(B, L, cfg.heads, cfg.head_dim)
-    k = project("attn/k", h, p["k"]).reshape(B, L, cfg.kv_heads, cfg.head_dim)
-    v = project("attn/v", h, p["v"]).reshape(B, L, cfg.kv_heads, cfg.head_dim)
+    flat = project.several(("attn/q", "attn/k", "attn/v"), h, (p["q"], p["k"], p["v"]))
+    q, k, v = (y.reshape(B, L, -1, cfg.head_dim) for y in flat)
     if value is not None:
         gate = 3 * jax.nn.sigmoid(project("value/gate", h[..., :GATE_INPUTS], value["gate"]))
         v = v + gate[..., None] * value["embed"].astype(v.dtype)[tokens].reshape(v.shape)

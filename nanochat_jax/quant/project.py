@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax
 
 from nanochat_jax.config import ModelConfig
+from nanochat_jax.kernels import dispatch
 from nanochat_jax.quant.matmul import ACTIVATIONS, WEIGHTS, matmul
 
 # Weight matrices of a block, by role; everything else multiplies in full precision.
@@ -56,8 +57,21 @@ class Project:
 
     def __call__(self, role: str, x: jax.Array, w: jax.Array) -> jax.Array:
         """Multiply activations x [..., m] with the weight w [m, n]; returns [..., n], x's dtype."""
-        precision = self.precision(role)
-        return matmul(x, w, precision.weight, precision.act, self.group)
+        return self.several((role,), x, (w,))[0]
+
+    def several(self, roles: tuple[str, ...], x: jax.Array, ws: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Multiply the same activations x [..., m] with several weights [m, n_i].
+
+        Roles of equal precision run as one wide product where that pays: on CPU. Elsewhere the
+        products are separate, so that weights split over devices are not joined across them.
+        """
+        precisions = [self.precision(role) for role in roles]
+        first = precisions[0]
+        if dispatch.backend() == "cpu" and all(p == first for p in precisions):
+            return matmul(x, ws, first.weight, first.act, self.group)
+        return tuple(
+            matmul(x, (w,), p.weight, p.act, self.group)[0] for p, w in zip(precisions, ws, strict=True)
+        )
 
     def ternary_roles(self) -> tuple[str, ...]:
         """Roles of block matrices whose weights are ternary."""

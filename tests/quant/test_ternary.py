@@ -103,7 +103,7 @@ def test_straight_through_gradients(key, group):
     x = jax.random.normal(key, (4, 6, 32))
     w = jax.random.normal(jax.random.key(1), (32, 24))
     dy = jax.random.normal(jax.random.key(2), (4, 6, 24))
-    y, pullback = jax.vjp(lambda x, w: matmul(x, w, "ternary", "int8", group), x, w)
+    y, pullback = jax.vjp(lambda x, w: matmul(x, (w,), "ternary", "int8", group)[0], x, w)
     dx, dw = pullback(dy)
     _, wq = oracle(w, group)
     x64, dy64 = np.asarray(x, np.float64), np.asarray(dy, np.float64)
@@ -116,9 +116,29 @@ def test_straight_through_gradients(key, group):
 
 def test_full_precision_is_the_plain_product(key):
     x, w = jax.random.normal(key, (4, 16)), jax.random.normal(key, (16, 8))
-    np.testing.assert_array_equal(matmul(x, w, "full", "full", 0), x @ w)
-    ours = jax.grad(lambda w: jnp.sum(matmul(x, w, "full", "full", 0) ** 2))(w)
+    np.testing.assert_array_equal(matmul(x, (w,), "full", "full", 0)[0], x @ w)
+    ours = jax.grad(lambda w: jnp.sum(matmul(x, (w,), "full", "full", 0)[0] ** 2))(w)
     np.testing.assert_allclose(ours, jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w), rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight,act,group", [("ternary", "int8", 0), ("ternary", "int8", 8), ("full", "full", 0)])
+def test_weights_side_by_side_equal_separate_products(key, weight, act, group):
+    x = jax.random.normal(key, (3, 5, 16))
+    ws = tuple(jax.random.normal(jax.random.key(i), (16, n)) * (i + 1) for i, n in enumerate((8, 4, 12)))
+
+    def loss(x, ws, join):
+        if join:
+            ys = matmul(x, ws, weight, act, group)
+        else:
+            ys = [matmul(x, (w,), weight, act, group)[0] for w in ws]
+        return sum(jnp.sum(jnp.sin(y)) for y in ys)
+
+    for a, b in zip(
+        jax.tree.leaves(jax.value_and_grad(lambda x, ws: loss(x, ws, True), (0, 1))(x, ws)),
+        jax.tree.leaves(jax.value_and_grad(lambda x, ws: loss(x, ws, False), (0, 1))(x, ws)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_rules_choose_by_role_and_complain():
