@@ -67,6 +67,9 @@ class Tokenizer:
     special: Mapping[str, int]
     definition: str
 
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, sha256={self.sha256[:12]})"
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included; every id is below it."""
@@ -209,7 +212,8 @@ def _build(definition: str, where: str) -> Tokenizer:
     missing = [byte for byte, character in enumerate(_CHARACTER) if character not in vocab]
     if missing:
         raise ValueError(f"{where} is not a byte-level tokenizer: it lacks {len(missing)} of the 256 bytes")
-    foreign = [t for t, i in vocab.items() if i not in special.values() and not _BYTE.keys() >= set(t)]
+    taken = set(special.values())
+    foreign = [text for text, i in vocab.items() if i not in taken and not _BYTE.keys() >= set(text)]
     if foreign:
         raise ValueError(f"{where}: token {foreign[0]!r} is neither bytes nor a special token")
     if not any(name in special for name in BOS_NAMES):
@@ -222,7 +226,7 @@ def _build(definition: str, where: str) -> Tokenizer:
     built = Tokenizer(core, special, definition)
     probe = PROBE + "".join(special)
     ids = built.encode(probe)
-    if built.decode(ids) != probe or not set(ids).isdisjoint(special.values()):
+    if built.decode(ids) != probe or not taken.isdisjoint(ids):
         raise ValueError(f"{where} alters text: {built.decode(ids)!r} instead of {probe!r}")
     return built
 

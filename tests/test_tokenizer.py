@@ -1,5 +1,6 @@
 """Tokenizers: any bytes round-trip, bytes are counted exactly, text cannot forge special tokens."""
 
+import itertools
 import json
 import pickle
 import subprocess
@@ -87,7 +88,7 @@ def test_encoding_agrees_with_a_plain_implementation_of_merging(bpe):
     ids = []
     for piece, _ in bpe.core.pre_tokenizer.pre_tokenize_str(text):
         parts = list(piece)
-        while pairs := [p for p in zip(parts, parts[1:], strict=False) if p in rank]:
+        while pairs := [p for p in itertools.pairwise(parts) if p in rank]:
             best = min(pairs, key=rank.__getitem__)
             at = next(i for i in range(len(parts) - 1) if (parts[i], parts[i + 1]) == best)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]

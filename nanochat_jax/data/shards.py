@@ -424,8 +424,9 @@ def _finish(
     outside: dict | None = None,
 ) -> None:
     """Write the manifest: from now on the directory is a corpus."""
-    kept = (".bin", ".offsets")  # nothing else that a killed process left
-    names = ["tokenizer.json", *sorted(p.name for p in out.iterdir() if p.suffix in kept)]
+    for leftover in out.glob("*.tmp"):  # of a killed process
+        leftover.unlink()
+    names = sorted(p.name for p in out.iterdir() if p.name != "manifest.json")
     inside = {name: _describe(out / name) for name in names}
     counts = {
         name: {key: split[key] for key in ("documents", "tokens", "bytes") if key in split}
@@ -454,7 +455,7 @@ def open_corpus(directory: Path, vocab_size: int, verify: bool = False) -> Corpu
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
         recorded, splits, dtype = manifest["files"], manifest["splits"], manifest["dtype"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{directory / 'manifest.json'} is unreadable ({type(error).__name__}: {error}); {rebuild}"
         ) from None

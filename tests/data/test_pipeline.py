@@ -186,7 +186,7 @@ def test_limited_held_out_batches_are_spread_over_the_split(corpus):
 def test_too_little_data(corpus):
     with pytest.raises(DataError, match=r"\d+ rows of data.seq_len = 16, fewer than data.batch = 100000"):
         pipeline.batches(change(batch=100000), corpus, 0)
-    with pytest.raises(DataError, match="held-out split has .* less than one row of data.seq_len = 100000"):
+    with pytest.raises(DataError, match=r"held-out split has .* less than one row of data.seq_len = 100000"):
         pipeline.val_batches(change(seq_len=100000), corpus)
 
 

@@ -1,6 +1,7 @@
 """Prepared corpora: nothing lost, fast when known, continued when interrupted, damage named."""
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -45,7 +46,7 @@ def stored(made, tokens):
     """Texts of a split, as its offsets cut it."""
     ids, offsets, bos = tokens.ids, tokens.offsets, made.tokenizer.bos_id
     found = []
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in itertools.pairwise(offsets):
         assert ids[start] == bos and bos not in ids[start + 1 : end]
         found.append(made.tokenizer.decode(ids[start + 1 : end]))
     return found
@@ -170,7 +171,7 @@ def test_large_vocabularies_take_32_bits(tree, tmp_path):
 
 def forbid(monkeypatch, *names):
     for module, name in names:
-        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail(f"{name} was called"))
+        monkeypatch.setattr(module, name, lambda *a, name=name, **k: pytest.fail(f"{name} was called"))
 
 
 def test_a_known_corpus_is_opened_without_reading_the_text(tree, monkeypatch):
@@ -386,7 +387,7 @@ def test_large_files_are_known_by_their_ends_unless_verified(tree, monkeypatch):
     with pytest.raises(DataError, match=r"train\.bin was altered"):
         prepare(tree, verify=True)
     path.write_bytes(b"\xff\xff" + whole[2:])
-    with pytest.raises(DataError, match="train.bin holds token 65535, expected ids below 266"):
+    with pytest.raises(DataError, match=r"train.bin holds token 65535, expected ids below 266"):
         prepare(tree)
     path.write_bytes(whole)
     offsets = made.directory / "train.offsets"
@@ -426,12 +427,12 @@ def test_a_given_tokenizer_is_used(tree, tmp_path):
 
 
 def test_impossible_tokenizers(tree, tmp_path):
-    with pytest.raises(ConfigError, match="'model.vocab_size' = 265 must be at least 266"):
+    with pytest.raises(ConfigError, match=r"'model.vocab_size' = 265 must be at least 266"):
         prepare(tree, tokenizer="bpe", vocab_size=265)
-    with pytest.raises(ConfigError, match="'model.vocab_size' = 265 is less than the 266 ids"):
+    with pytest.raises(ConfigError, match=r"'model.vocab_size' = 265 is less than the 266 ids"):
         prepare(tree, vocab_size=265)
     with pytest.raises(
-        ConfigError, match="'data.tokenizer' must be bpe, bytes or a tokenizer.json, got 'bpee'"
+        ConfigError, match=r"'data.tokenizer' must be bpe, bytes or a tokenizer.json, got 'bpee'"
     ):
         prepare(tree, tokenizer="bpee")
     (tmp_path / "bad.json").write_text("{}")
@@ -482,10 +483,8 @@ def test_token_files_of_others(tmp_path, kind, monkeypatch):
     assert 0.1 < made.val.count / len(IDS) <= 0.21
     forbid(monkeypatch, (shards, "_from_tokens"))
     assert shards.prepare(config(f"tokens:{path}"), 300, tmp_path / "cache").sha256 == made.sha256
-    path.write_bytes(content[:-4])
-    with pytest.raises(
-        (DataError, pytest.fail.Exception), match="expected 1005 tokens|_from_tokens was called"
-    ):
+    path.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=r"the file is truncated or of another format"):
         shards.prepare(config(f"tokens:{path}"), 300, tmp_path / "cache")
 
 
@@ -516,5 +515,5 @@ def test_impossible_token_files(tmp_path):
     np.ones(1, "<u2").tofile(path)
     with pytest.raises(DataError, match="1 tokens are too few to hold out 20%"):
         shards.prepare(config(f"tokens:{path}"), 300, tmp_path / "cache")
-    with pytest.raises(ConfigError, match="a token file needs its tokenizer: set data.tokenizer to"):
+    with pytest.raises(ConfigError, match=r"a token file needs its tokenizer: set data.tokenizer to"):
         shards.prepare(config(f"tokens:{path}", tokenizer="bpe"), 300, tmp_path / "cache")
