@@ -80,6 +80,7 @@ class Checkpointer:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+                todelete_subdir="deleted",  # by renaming: a kill leaves no half-deleted checkpoint
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
             item_names=(*FINGERPRINTS, "misc"),
@@ -192,6 +193,7 @@ class Checkpointer:
             for partial in partials:
                 shutil.rmtree(partial, ignore_errors=True)
             time.sleep(0.05)
+        shutil.rmtree(self.directory / "deleted", ignore_errors=True)  # what retention put there
         kept = self.steps()
         for old in self.directory.glob("manifests/*.json"):
             if int(old.stem) not in kept:

@@ -418,9 +418,11 @@ def test_an_unfinished_save_is_ignored_and_removed(tmp_path, caplog):
     partial.mkdir()
     (partial / "junk").write_text("half")
     (tmp_path / "manifests" / "2.json").write_text("{}")  # killed between the manifest and the commit
+    (tmp_path / "deleted" / "0" / "params").mkdir(parents=True)  # killed while retention deleted step 0
     with Checkpointer(CFG, tmp_path) as checkpoints:
         assert not partial.exists() and "removing the unfinished save" in caplog.text
         assert checkpoints.steps() == [1]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "manifests"]
         assert checkpoints.save(2, small_state(2), {}, wait=True) and checkpoints.steps() == [1, 2]
 
 
