@@ -15,5 +15,5 @@ def get_config(arg: str = ""):
     config.model.update(BLOCKS[preset])
     config.model.mlp_dim = 1024 if config.model.mlp == "relu2" else 768
     config.model.quant = "ternary"
-    config.train.steps = 400
+    config.train.steps = 300
     return config

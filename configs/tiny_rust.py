@@ -17,4 +17,5 @@ def get_config(arg: str = ""):
     config.model.quant = "ternary"
     config.data.source = "rust"
     config.eval.prompt = "fn "
+    config.train.steps = 300
     return config

@@ -90,7 +90,9 @@ def run(
             sys.exit(0)
         invocation = parse(argv, flags or {})
         if needs_config and not invocation.config_path:
-            raise UsageError(f"--config is missing, e.g. --config=configs/tiny.py; known: {', '.join(_configs())}")
+            raise UsageError(
+                f"--config is missing, e.g. --config=configs/tiny.py; known: {', '.join(_configs())}"
+            )
         config = load(invocation) if invocation.config_path else Config()
         status = main(config, invocation)
     except ConfigError as error:
@@ -140,7 +142,9 @@ def parse(argv: list[str], known: dict[str, Flag]) -> Invocation:
             values[name] = _value(name, known[name], text, bool(equals))
         else:
             close = difflib.get_close_matches(name, [*known, *SHARED_FLAGS], 1)
-            raise UsageError(f"no flag --{name}" + (f". Did you mean --{close[0]}?" if close else "; see --help"))
+            raise UsageError(
+                f"no flag --{name}" + (f". Did you mean --{close[0]}?" if close else "; see --help")
+            )
     return Invocation(shared["config"], overrides, values, tuple(argv), shared["workdir"])
 
 
@@ -175,7 +179,7 @@ def load(invocation: Invocation) -> Config:
             raise ConfigError(
                 f"no key '{key}'{config_lib.nearest_key(key)} ({Path(invocation.config_path).name})"
             )
-        group = settings
+        group: Any = settings
         *path, last = key.split(".")
         for part in path:
             group = group[part]

@@ -28,7 +28,7 @@ TERMS: dict[str, tuple[str, float]] = {
     "z": ("z", 1.0),  # arXiv:2204.02311: keeps log-partition near 0
     "logit_entropy": ("entropy", -1.0),  # a bonus: minimizing it raises the entropy
 }
-STATISTICS = ("nll", "z", "entropy")
+STATISTICS: tuple[str, ...] = ("nll", "z", "entropy")
 
 LossFn = Callable[[Params, Batch, Key], tuple[jax.Array, Metrics]]
 
@@ -162,6 +162,7 @@ def _logit_gradient(weight_of, s, z, target):
 
 def _token_loss_forward(cfg, chunk, coefficients, hidden, head, targets, weights):
     out, (d_hidden, d_head) = _scan(cfg, chunk, coefficients, hidden, head, targets, weights, grads=True)
+    assert d_head is not None
     return out, (d_hidden, d_head.astype(head.dtype), targets, weights)
 
 

@@ -76,7 +76,9 @@ def param_shardings(specs: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) 
     )
 
 
-def state_shardings(state: TrainState, specs: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> TrainState:
+def state_shardings(
+    state: TrainState, specs: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES
+) -> TrainState:
     """NamedSharding of every leaf of a TrainState of arrays or ShapeDtypeStructs.
 
     A leaf whose path ends in a weight's path is laid out like that weight where the leading

@@ -1,4 +1,5 @@
 """Test setting: eight fake CPU devices, strict rank promotion, no network."""
+# ruff: noqa: E402 (the device count must be set before jax is imported)
 
 import os
 

@@ -69,7 +69,9 @@ def test_full_logits_are_never_materialized():
     targets = jax.ShapeDtypeStruct((B, L), jnp.int32)
 
     def loss(hidden, head, weights, targets):
-        return losses.token_loss(cfg, 64, (("nll", 1.0), ("z", 0.0), ("entropy", 0.0)), hidden, head, targets, weights)[0]
+        return losses.token_loss(
+            cfg, 64, (("nll", 1.0), ("z", 0.0), ("entropy", 0.0)), hidden, head, targets, weights
+        )[0]
 
     memory = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes, targets).compile().memory_analysis()
     assert memory.temp_size_in_bytes < B * L * 8192 * 4 / 2

@@ -31,7 +31,8 @@ def bits_per_byte(
     sizes = jax.numpy.asarray(token_bytes, jax.numpy.int32)
     sums = [eval_step(params, batch, sizes) for batch in batches]  # dispatched without waiting
     nats, count, size = (
-        float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)])) for name in ("nats", "tokens", "bytes")
+        float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)]))
+        for name in ("nats", "tokens", "bytes")
     )
     if size == 0:
         raise ValueError("no held-out token to score: raise data.val_percent or eval.batches")

@@ -68,7 +68,9 @@ def _block_forward(q, k, v, segments, window):
     for low, start, end in _blocks(q.shape[2], window):
         keys, rows = slice(low, end), slice(start, end)
         mask = _mask(index[:, rows], index[:, keys], segments[:, rows], segments[:, keys], window)
-        scores = jnp.einsum("bhlk,bhtk->bhlt", q[:, :, rows], k[:, :, keys], preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "bhlk,bhtk->bhlt", q[:, :, rows], k[:, :, keys], preferred_element_type=jnp.float32
+        )
         scores = jnp.where(mask[:, None], scores, MASKED)
         p = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
         total = jnp.sum(p, -1, keepdims=True)

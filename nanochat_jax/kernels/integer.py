@@ -27,7 +27,10 @@ def _float(q: jax.Array, t: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # HIGHEST: on GPU, float32 products would otherwise pass through TF32 (exact too, but slower
     # to reason about); for bfloat16 operands the setting changes nothing.
     return jnp.matmul(
-        q.astype(dtype), t.astype(dtype), preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+        q.astype(dtype),
+        t.astype(dtype),
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST,
     )
 
 

@@ -65,7 +65,9 @@ def param_specs(cfg: ModelConfig) -> dict:
     if E := len(value_layers(cfg)):
         specs["value"] = {
             "embed": ParamSpec((E, V, GK), (None, "vocab", None), P.uniform(D**-0.5)),
-            "gate": ParamSpec((E, GATE_INPUTS, cfg.kv_heads), (None, None, None), P.uniform(0.01), matmul=True),
+            "gate": ParamSpec(
+                (E, GATE_INPUTS, cfg.kv_heads), (None, None, None), P.uniform(0.01), matmul=True
+            ),
         }
     ramp = [i / max(1, N - 1) for i in range(N)]  # both scalars shrink with depth, as in nanochat
     scalars = {}

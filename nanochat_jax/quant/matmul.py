@@ -78,7 +78,7 @@ def _rows(array: jax.Array) -> jax.Array:
 def _forward(x, ws, weight, act, group):
     x_codes, x_scale = ACTIVATIONS[act](x)
     w_codes, w_scale = _operand(ws, weight, group, x.dtype)
-    if x_codes.dtype == jnp.int8 and w_codes.dtype == jnp.int8:
+    if x_scale is not None and w_scale is not None:  # codes on both sides: an exact integer product
         y = _rows(integer.integer_matmul(x_codes, w_codes)) * (w_scale * _rows(x_scale))
     else:
         y = jnp.matmul(_rows(x_codes.astype(x.dtype)), w_codes.astype(x.dtype))

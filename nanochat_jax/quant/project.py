@@ -27,7 +27,9 @@ class Precision:
     def __post_init__(self):
         for slot, name, known in (("weight", self.weight, WEIGHTS), ("act", self.act, ACTIVATIONS)):
             if name not in known:
-                raise ValueError(f"precision slot '{slot}': unknown format '{name}'; known: {', '.join(known)}")
+                raise ValueError(
+                    f"precision slot '{slot}': unknown format '{name}'; known: {', '.join(known)}"
+                )
 
 
 Rules = tuple[tuple[str, Precision], ...]
@@ -59,7 +61,9 @@ class Project:
         """Multiply activations x [..., m] with the weight w [m, n]; returns [..., n], x's dtype."""
         return self.several((role,), x, (w,))[0]
 
-    def several(self, roles: tuple[str, ...], x: jax.Array, ws: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def several(
+        self, roles: tuple[str, ...], x: jax.Array, ws: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
         """Multiply the same activations x [..., m] with several weights [m, n_i].
 
         Roles of equal precision run as one wide product where that pays: on CPU. Elsewhere the
@@ -68,10 +72,12 @@ class Project:
         precisions = [self.precision(role) for role in roles]
         first = precisions[0]
         if dispatch.backend() == "cpu" and all(p == first for p in precisions):
-            return matmul(x, ws, first.weight, first.act, self.group)
-        return tuple(
-            matmul(x, (w,), p.weight, p.act, self.group)[0] for p, w in zip(precisions, ws, strict=True)
-        )
+            return tuple(matmul(x, ws, first.weight, first.act, self.group))  # type: ignore[arg-type]
+        return tuple(self._one(x, w, p) for p, w in zip(precisions, ws, strict=True))
+
+    def _one(self, x: jax.Array, w: jax.Array, precision: Precision) -> jax.Array:
+        (y,) = tuple(matmul(x, (w,), precision.weight, precision.act, self.group))  # type: ignore[arg-type]
+        return y
 
     def ternary_roles(self) -> tuple[str, ...]:
         """Roles of block matrices whose weights are ternary."""

@@ -86,9 +86,10 @@ def health(now: dict[str, jax.Array], before: dict[str, jax.Array] | None = None
     Healthy models keep 25-45% zeros; 100% is a collapse, 0% is sign-only.
     """
     total = sum(t.size for t in now.values())
+    zero = jnp.zeros((), jnp.float32)
 
     def share(value: int) -> jax.Array:
-        return sum(jnp.sum(t == value, dtype=jnp.float32) for t in now.values()) / total
+        return sum((jnp.sum(t == value, dtype=jnp.float32) for t in now.values()), zero) / total
 
     metrics = {
         "quant/minus_fraction": share(-1),
@@ -96,6 +97,6 @@ def health(now: dict[str, jax.Array], before: dict[str, jax.Array] | None = None
         "quant/plus_fraction": share(1),
     }
     if before is not None:
-        changed = sum(jnp.sum(now[p] != before[p], dtype=jnp.float32) for p in now)
+        changed = sum((jnp.sum(now[p] != before[p], dtype=jnp.float32) for p in now), zero)
         metrics["quant/flip_rate"] = changed / total
     return metrics

@@ -62,7 +62,9 @@ class Progress:
         width = 30
         filled = round(width * step / self.total)
         eta = "" if eta_seconds is None else f" eta {duration(eta_seconds)}"
-        print(f"\r[{'#' * filled}{'.' * (width - filled)}] {step}/{self.total}{eta} ", end="", file=self.stream)
+        print(
+            f"\r[{'#' * filled}{'.' * (width - filled)}] {step}/{self.total}{eta} ", end="", file=self.stream
+        )
         self.stream.flush()
 
     def _clear(self) -> None:

@@ -11,7 +11,17 @@ from typing import Any
 
 from nanochat_jax.config import Config, to_dict
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "nanochat_jax")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "tokenizers",
+    "nanochat_jax",
+)
 
 # Settings that a run may change when it is continued; everything else would make it another run.
 FREE = (
@@ -102,7 +112,9 @@ def _git() -> dict[str, Any] | None:
         return None
     try:
         commit, status = (
-            subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=5)
+            subprocess.run(
+                ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=5
+            )
             for args in (("rev-parse", "HEAD"), ("status", "--porcelain"))
         )
     except (OSError, subprocess.SubprocessError):

@@ -33,9 +33,7 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     }
     home = cli.workdir(cfg, call)
     with cli.Interrupt() as interrupt:
-        return program.train(
-            cfg, home, cli.cache_home(), facts, call.resume, lambda: interrupt.requested
-        )
+        return program.train(cfg, home, cli.cache_home(), facts, call.resume, lambda: interrupt.requested)
 
 
 if __name__ == "__main__":

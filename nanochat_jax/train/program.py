@@ -43,7 +43,9 @@ def parameter_table(cfg: Config) -> str:
     for path, spec in specs.items():
         count = math.prod(spec.shape)
         kind = "ternary" if path in ternary else "full"
-        rows.append((path, "x".join(map(str, spec.shape)), kind, groups[path], f"{count:,}", f"{4 * count:,}"))
+        rows.append(
+            (path, "x".join(map(str, spec.shape)), kind, groups[path], f"{count:,}", f"{4 * count:,}")
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = params_lib.count(transformer.param_specs(cfg.model))
@@ -113,7 +115,9 @@ def start_state(
     if resume == "must" and latest is None:
         raise ConfigError(f"--resume=must, but {home} has no checkpoint")
     if resume == "never" and latest is not None:
-        raise ConfigError(f"--resume=never, but {home} has a checkpoint of step {latest}; choose another --workdir")
+        raise ConfigError(
+            f"--resume=never, but {home} has a checkpoint of step {latest}; choose another --workdir"
+        )
     if latest is None:
         parts = Parts(cfg)
         state = parts.fresh(cfg.seed)
@@ -131,7 +135,9 @@ def start_state(
         )
     extension = tuple(misc["extension"]) if misc.get("extension") else None
     if misc["config"]["train"]["steps"] != cfg.train.steps:
-        last = optim.check_extension(cfg.opt.schedule, misc["config"]["train"]["steps"], cfg.train.steps, latest)
+        last = optim.check_extension(
+            cfg.opt.schedule, misc["config"]["train"]["steps"], cfg.train.steps, latest
+        )
         extension = (last, latest) if cfg.opt.schedule.rewarm_steps else None
     parts = Parts(cfg, extension)
     state, _ = checkpoints.restore(parts.target, parts.fresh_opt)
@@ -183,16 +189,24 @@ def train(
         on_device = parallel.prefetch(batches, parts.mesh)
         began = time.perf_counter()
         try:
-            state, reason = loop.run(_timed_first(parts.step, progress), state, on_device, wanted, cfg.train.steps)
+            state, reason = loop.run(
+                _timed_first(parts.step, progress), state, on_device, wanted, cfg.train.steps
+            )
         finally:
             batches.close()
         done, took = int(state.step), time.perf_counter() - began
         if not reason and scores.get("step") != done:
             evaluate(done, state, {})
-        if not reason and cfg.eval.sample_tokens and (not cfg.eval.every_steps or done % cfg.eval.every_steps):
+        if (
+            not reason
+            and cfg.eval.sample_tokens
+            and (not cfg.eval.every_steps or done % cfg.eval.every_steps)
+        ):
             sample(done, state, {})
         checkpoints.save(done, state, misc(done), wait=True)
-        manifest.write_result(home, misc(done) | {"state_sha256": checkpoint.state_sha256(state), "stop": reason})
+        manifest.write_result(
+            home, misc(done) | {"state_sha256": checkpoint.state_sha256(state), "stop": reason}
+        )
         writers.close()
     if reason:
         progress.print(f"stopped at step {done}: {reason}\nthe same command continues this run")
@@ -211,7 +225,9 @@ def _timed_first(step_fn: steps.StepFn, progress: Progress) -> steps.StepFn:
         if index == 0:
             progress.print(f"compiled in {time.perf_counter() - start:.1f} s")
         elif (traces := step_fn._cache_size()) > 1:  # type: ignore[attr-defined]
-            progress.print(f"warning: the step was compiled {traces} times; an argument changed shape or type")
+            progress.print(
+                f"warning: the step was compiled {traces} times; an argument changed shape or type"
+            )
         return result
 
     return timed

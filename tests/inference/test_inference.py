@@ -27,7 +27,9 @@ CFG = ModelConfig(
 
 def params_of(cfg, seed=0):
     params = params_lib.init_params(transformer.param_specs(cfg), jax.random.key(seed))
-    return params if cfg.tied else params | {"head": jax.random.normal(jax.random.key(9), params["head"].shape)}
+    return (
+        params if cfg.tied else params | {"head": jax.random.normal(jax.random.key(9), params["head"].shape)}
+    )
 
 
 def full_argmax(cfg, params, ids):
@@ -60,14 +62,18 @@ def test_one_compilation_each():
     params = params_of(CFG)
     first, following = engine._first._cache_size(), engine._next._cache_size()
     for i, temperature in enumerate((0.0, 0.7, 1.3)):
-        settings = InferConfig(max_tokens=5, temperature=temperature, top_k=3 * i, top_p=1 - 0.2 * i, capacity=48)
+        settings = InferConfig(
+            max_tokens=5, temperature=temperature, top_k=3 * i, top_p=1 - 0.2 * i, capacity=48
+        )
         list(engine.generate(CFG, params, [1, 2, 3 + i], settings, jax.random.key(i)))
     assert engine._first._cache_size() == first + 1 and engine._next._cache_size() == following + 1
 
 
 def test_same_key_same_text():
     params, settings = params_of(CFG), InferConfig(max_tokens=12, temperature=1.0, capacity=64)
-    one, two, three = (list(engine.generate(CFG, params, [7], settings, jax.random.key(k))) for k in (1, 1, 2))
+    one, two, three = (
+        list(engine.generate(CFG, params, [7], settings, jax.random.key(k))) for k in (1, 1, 2)
+    )
     assert one == two != three
     short = dataclasses.replace(settings, max_tokens=5)  # a draw depends on its place, not on the length
     assert list(engine.generate(CFG, params, [7], short, jax.random.key(1))) == one[:5]
@@ -76,7 +82,9 @@ def test_same_key_same_text():
 def test_bad_requests():
     params = params_of(CFG)
     with pytest.raises(ValueError, match=r"60 prompt tokens and max_tokens = 10 exceed infer.capacity = 64"):
-        next(engine.generate(CFG, params, [1] * 60, InferConfig(max_tokens=10, capacity=64), jax.random.key(0)))
+        next(
+            engine.generate(CFG, params, [1] * 60, InferConfig(max_tokens=10, capacity=64), jax.random.key(0))
+        )
     for prompt in ([], [100], [-1]):
         with pytest.raises(ValueError, match=r"a prompt needs token ids in 0..99"):
             next(engine.generate(CFG, params, prompt, InferConfig(), jax.random.key(0)))
@@ -86,7 +94,9 @@ def test_bad_requests():
 @given(st.integers(0, 2**31 - 1), st.integers(0, 12), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
 def test_narrowing_equals_brute_force(seed, top_k, top_p, temperature):
     z = np.random.default_rng(seed).normal(size=10)
-    got = sample.narrow(jnp.asarray(z, jnp.float32)[None], jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+    got = sample.narrow(
+        jnp.asarray(z, jnp.float32)[None], jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)
+    )
     order = np.argsort(-z)
     kept = order[: min(top_k, 10)] if top_k else order
     p = np.exp(z[kept] / temperature - (z[kept] / temperature).max())
@@ -95,7 +105,9 @@ def test_narrowing_equals_brute_force(seed, top_k, top_p, temperature):
     clear = np.abs(before - top_p) > 1e-4  # float32 sums may fall on the other side of the limit
     finite = np.isfinite(np.asarray(got[0]))
     expected = before < top_p
-    assert np.array_equal(finite[kept][clear], expected[clear]) and not finite[np.setdiff1d(order, kept)].any()
+    assert (
+        np.array_equal(finite[kept][clear], expected[clear]) and not finite[np.setdiff1d(order, kept)].any()
+    )
 
 
 def test_frequencies_of_draws():
@@ -109,7 +121,7 @@ def test_frequencies_of_draws():
 
 def test_text_comes_in_whole_characters():
     tokenizer = tokenizers.byte_tokenizer()
-    made = list(load.pieces(tokenizer, iter(tokenizer.encode("é😀") + [10**6])))
+    made = list(load.pieces(tokenizer, iter([*tokenizer.encode("é😀"), 10**6])))
     assert "".join(made) == "é😀" and all("\ufffd" not in piece for piece in made)
     cut = tokenizer.encode("😀")[:2]
     assert "".join(load.pieces(tokenizer, iter(cut))) == "\ufffd"
@@ -126,9 +138,21 @@ def test_command_line(tmp_path, child_env):
     result = call(*train)
     assert result.returncode == 0, result.stderr
     assert f"python -m nanochat_jax.inference --workdir={home}" in result.stderr
-    text = call("nanochat_jax.inference", f"--workdir={home}", "--prompt=import os", "--max_tokens=8", "--temperature=0")
+    text = call(
+        "nanochat_jax.inference",
+        f"--workdir={home}",
+        "--prompt=import os",
+        "--max_tokens=8",
+        "--temperature=0",
+    )
     assert text.returncode == 0 and text.stdout.startswith("import os") and len(text.stdout) > 10
-    again = call("nanochat_jax.inference", f"--workdir={home}", "--prompt=import os", "--max_tokens=8", "--temperature=0")
+    again = call(
+        "nanochat_jax.inference",
+        f"--workdir={home}",
+        "--prompt=import os",
+        "--max_tokens=8",
+        "--temperature=0",
+    )
     assert again.stdout == text.stdout
     lost = call("nanochat_jax.inference", f"--workdir={tmp_path / 'no'}", "--prompt=x")
     assert lost.returncode == 2 and "is not a run: it has no config.json" in lost.stderr

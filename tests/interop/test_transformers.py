@@ -35,7 +35,8 @@ def make(cfg):
         lambda p, n: p + n,
         params_lib.init_params(specs, jax.random.key(0)),
         params_lib.init_params(
-            jax.tree.map(lambda s: dataclasses.replace(s, init=params_lib.normal(0.05)), specs), jax.random.key(1)
+            jax.tree.map(lambda s: dataclasses.replace(s, init=params_lib.normal(0.05)), specs),
+            jax.random.key(1),
         ),
     )
 
@@ -60,11 +61,11 @@ def to_torch(cfg, params, qk_norm):
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_equal_those_of_transformers(kind, tied):
     cfg = dataclasses.replace(PLAIN, tied=tied, qk_norm="before_rope" if kind == "qwen3" else "none")
-    options = dict(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-        rope_theta=10000.0, max_position_embeddings=256, attn_implementation="eager",
-    )  # fmt: skip
+    options = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "tie_word_embeddings": tied,
+        "rope_theta": 10000.0, "max_position_embeddings": 256, "attn_implementation": "eager",
+    }  # fmt: skip
     model_class, config_class = {
         "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig),
         "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config),

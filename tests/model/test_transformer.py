@@ -41,7 +41,9 @@ def initial(cfg, seed=0):
     params = params_lib.init_params(transformer.param_specs(cfg), jax.random.key(seed))
     # A visible head and random gains, so that nothing is hidden behind ones and near-zeros.
     noise = params_lib.init_params(
-        jax.tree.map(lambda s: dataclasses.replace(s, init=params_lib.normal(0.1)), transformer.param_specs(cfg)),
+        jax.tree.map(
+            lambda s: dataclasses.replace(s, init=params_lib.normal(0.1)), transformer.param_specs(cfg)
+        ),
         jax.random.key(seed + 1),
     )
     return jax.tree.map(jnp.add, params, noise)
@@ -70,7 +72,11 @@ def test_causality_by_gradient():
     embed = params["embed"]
 
     def output(table, position):
-        x = logits(cfg, params | {"embed": table}, batch.replace(tokens=jnp.arange(32, dtype=jnp.int32).reshape(2, 16)))
+        x = logits(
+            cfg,
+            params | {"embed": table},
+            batch.replace(tokens=jnp.arange(32, dtype=jnp.int32).reshape(2, 16)),
+        )
         return jnp.sum(x[:, position] ** 2)
 
     slope = jax.grad(output)(embed, 7)
@@ -162,9 +168,7 @@ def test_one_loop_is_no_loop():
     looped = dataclasses.replace(SMALL, loop=LoopConfig(count=1))
     params, batch = initial(SMALL), rows(SMALL)
     np.testing.assert_array_equal(logits(SMALL, params, batch), logits(looped, params, batch))
-    one, plain = (
-        str(jax.make_jaxpr(lambda p, c=c: logits(c, p, batch))(params)) for c in (looped, SMALL)
-    )
+    one, plain = (str(jax.make_jaxpr(lambda p, c=c: logits(c, p, batch))(params)) for c in (looped, SMALL))
     assert one == plain
 
 
@@ -210,7 +214,9 @@ def test_initial_loss_is_that_of_guessing(preset, tied):
     block = BLOCKS[preset] | {"tied": tied, "quant_group": 0}
     if tied:
         block["embed_std"] = 0.02
-    cfg = ModelConfig(vocab_size=500, dim=64, layers=2, heads=2, kv_heads=2, head_dim=32, mlp_dim=128, **block)
+    cfg = ModelConfig(
+        vocab_size=500, dim=64, layers=2, heads=2, kv_heads=2, head_dim=32, mlp_dim=128, **block
+    )
     params = params_lib.init_params(transformer.param_specs(cfg), jax.random.key(3))
     batch = rows(cfg, 64, 4)
     z = logits(cfg, params, batch)

@@ -121,7 +121,9 @@ def test_full_precision_is_the_plain_product(key):
     np.testing.assert_allclose(ours, jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w), rtol=1e-5)
 
 
-@pytest.mark.parametrize("weight,act,group", [("ternary", "int8", 0), ("ternary", "int8", 8), ("full", "full", 0)])
+@pytest.mark.parametrize(
+    "weight,act,group", [("ternary", "int8", 0), ("ternary", "int8", 8), ("full", "full", 0)]
+)
 def test_weights_side_by_side_equal_separate_products(key, weight, act, group):
     x = jax.random.normal(key, (3, 5, 16))
     ws = tuple(jax.random.normal(jax.random.key(i), (16, n)) * (i + 1) for i, n in enumerate((8, 4, 12)))

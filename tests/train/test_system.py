@@ -19,7 +19,7 @@ from nanochat_jax.types import Batch
 
 MODEL = ModelConfig(
     vocab_size=256, dim=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp_dim=64, unroll=2,
-    **{k: v for k, v in BLOCKS["modern"].items()},
+    **dict(BLOCKS["modern"].items()),
 )  # fmt: skip
 BASE = Config(
     model=dataclasses.replace(MODEL, quant="ternary"),
@@ -71,7 +71,9 @@ def test_twenty_steps_lower_the_loss_with_one_trace():
     assert parts.step._cache_size() == 1 and int(state.step) == 20
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
+)
 def test_meshes_agree_with_one_device(full_precision, sizes):
     cfg, (alone, _, _) = full_precision
     sharded, state, parts = run(dataclasses.replace(cfg, mesh=MeshConfig(*sizes)))
@@ -90,7 +92,7 @@ def test_ternary_codes_do_not_depend_on_the_mesh():
 
 def test_momenta_lie_where_their_weights_lie():
     parts = program.Parts(dataclasses.replace(BASE, mesh=MeshConfig(1, 4, 2)))
-    flat = {p: s for p, s in program.params_lib.flatten(parts.layout).items()}
+    flat = dict(program.params_lib.flatten(parts.layout).items())
     spec = flat["params/blocks/mlp/up"].spec
     momenta = [s.spec for p, s in flat.items() if "mu" in p and p.endswith("blocks/mlp/up")]
     assert tuple(spec) == (None, "fsdp", "tensor") and momenta == [spec]
@@ -136,7 +138,13 @@ def test_nan_in_a_step_is_skipped_and_the_run_stops_within_its_bound():
     from nanochat_jax.train import hooks
 
     def watch(done, state, metrics):
-        seen.append((done, metrics.get("opt/skipped_in_a_row"), float(jnp.sum(state.params["norm" if "norm" in state.params else "head"]))))
+        seen.append(
+            (
+                done,
+                metrics.get("opt/skipped_in_a_row"),
+                float(jnp.sum(state.params["norm" if "norm" in state.params else "head"])),
+            )
+        )
 
     state, reason = loop.run(parts.step, state, batches(), [watch, hooks.stop_when(lambda: False, 2)], 20)
     assert "2 steps in a row had a non-finite gradient" in reason
@@ -226,7 +234,9 @@ def test_interrupted_and_continued_equals_straight(tmp_path):
     assert one["state_sha256"] == two["state_sha256"] and one["data_position"] == 12
     assert one["eval"]["eval/bpb"] == two["eval"]["eval/bpb"]
     rows = [line for line in (broken / "metrics.jsonl").read_text().splitlines() if "loss/total" in line]
-    assert [program.json.loads(r)["step"] for r in rows] == sorted({program.json.loads(r)["step"] for r in rows})
+    assert [program.json.loads(r)["step"] for r in rows] == sorted(
+        {program.json.loads(r)["step"] for r in rows}
+    )
 
 
 def test_another_config_in_the_same_workdir_is_refused(tmp_path):
@@ -235,9 +245,9 @@ def test_another_config_in_the_same_workdir_is_refused(tmp_path):
     other = dataclasses.replace(cfg, seed=3)
     with pytest.raises(ConfigError, match=r"holds a run with other settings \(seed: 0 -> 3\)"):
         train(other, home, tmp_path)
-    with pytest.raises(ConfigError, match="--resume=never, but .* has a checkpoint of step 4"):
+    with pytest.raises(ConfigError, match=r"--resume=never, but .* has a checkpoint of step 4"):
         train(cfg, home, tmp_path, resume="never")
-    with pytest.raises(ConfigError, match="--resume=must, but .* has no checkpoint"):
+    with pytest.raises(ConfigError, match=r"--resume=must, but .* has no checkpoint"):
         train(cfg, tmp_path / "empty", tmp_path, resume="must")
 
 
@@ -287,7 +297,9 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, child_env):
     assert child.wait() == 130 and "the same command continues this run" in rest
     stopped = program.checkpoint.latest_step(tmp_path / "run" / "ckpt")
     short = [w for w in command if "train.steps" not in w] + [f"--config.train.steps={stopped + 2}"]
-    again = subprocess.run([*short, "--config.opt.schedule.rewarm_steps=1"], env=child_env, capture_output=True, text=True)
+    again = subprocess.run(
+        [*short, "--config.opt.schedule.rewarm_steps=1"], env=child_env, capture_output=True, text=True
+    )
     assert again.returncode == 0 and f"continuing at step {stopped}" in again.stderr
 
 

@@ -1,0 +1,206 @@
+"""What makes a setting invalid: values, and their combinations. Called by `config.resolve`.
+
+Each check raises ConfigError with one sentence: what was expected, what was got, and where.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nanochat_jax.config import Config, DataConfig, GroupConfig, ModelConfig, OptConfig, TrainConfig
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message says what was expected, what was got, and where."""
+
+
+MLP_KINDS = ("swiglu", "relu2", "reglu2")
+QK_NORMS = ("none", "before_rope", "after_rope")
+REMAT = ("none", "dots", "block")
+QUANT_PRESETS = ("full", "ternary")
+GROUPS = ("matrix", "embed", "head", "scalar")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`. Did you mean 'x'?` for the closest known name, or the list of names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f". Did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
+
+
+def _choice(path: str, value: str, known: Iterable[str]) -> None:
+    if value not in tuple(known):
+        raise ConfigError(f"'{path}' = '{value}' is unknown{nearest(value, known)}")
+
+
+def _at_least(path: str, value: float, low: float) -> None:
+    if value < low:
+        raise ConfigError(f"'{path}' must be at least {low}, got {value}")
+
+
+def _divides(path: str, value: int, by_path: str, by: int) -> None:
+    if value % by:
+        raise ConfigError(f"'{path}' = {value} must be a multiple of '{by_path}' = {by}")
+
+
+def validate(config: Config) -> None:
+    """Check values and their combinations. Raises: ConfigError."""
+    _validate_model(config.model)
+    _validate_data(config.data)
+    _validate_opt(config.opt, config.train)
+    _validate_run(config)
+    _validate_mesh(config)
+
+
+def _validate_model(m: ModelConfig) -> None:
+    for key in ("dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim"):
+        _at_least(f"model.{key}", getattr(m, key), 1)
+    _at_least("model.vocab_size", m.vocab_size, 2)
+    _divides("model.heads", m.heads, "model.kv_heads", m.kv_heads)
+    if m.head_dim % 2:
+        raise ConfigError(f"'model.head_dim' must be even (rotary pairs), got {m.head_dim}")
+    _choice("model.mlp", m.mlp, MLP_KINDS)
+    _choice("model.norm", m.norm, ("weighted", "weightless"))
+    _choice("model.qk_norm", m.qk_norm, QK_NORMS)
+    _choice("model.quant", m.quant, QUANT_PRESETS)
+    _choice("model.dtype", m.dtype, ("auto", "float32", "bfloat16"))
+    _choice("model.remat", m.remat, REMAT)
+    for key in ("norm_eps", "qk_gain", "rope_theta", "embed_std"):
+        if getattr(m, key) <= 0:
+            raise ConfigError(f"'model.{key}' must be positive, got {getattr(m, key)}")
+    for key in ("softcap", "value_embed_every", "quant_group", "unroll"):
+        _at_least(f"model.{key}", getattr(m, key), 0)
+    _at_least("model.loop.count", m.loop.count, 1)
+    if m.loop.norm and m.loop.count == 1:
+        raise ConfigError("'model.loop.norm' has no effect because model.loop.count is 1")
+    if m.qk_gain != 1.0 and m.qk_norm == "none":
+        raise ConfigError("'model.qk_gain' has no effect because model.qk_norm is 'none'")
+    for window in m.window:
+        _at_least("model.window", window, 0)
+    if m.quant_group:
+        if m.quant == "full":
+            raise ConfigError("'model.quant_group' has no effect because model.quant is 'full'")
+        for key, value in (
+            ("dim", m.dim),
+            ("mlp_dim", m.mlp_dim),
+            ("heads * head_dim", m.heads * m.head_dim),
+        ):
+            _divides(f"model.{key}", value, "model.quant_group", m.quant_group)
+    if m.unroll:
+        _divides("model.layers", m.layers, "model.unroll", m.unroll)
+        period = layer_period(m)
+        if m.unroll % period:
+            raise ConfigError(
+                f"'model.unroll' = {m.unroll} must be a multiple of {period}, the period of "
+                "model.window and model.value_embed_every, or 0"
+            )
+
+
+def layer_period(m: ModelConfig) -> int:
+    """Layers after which static per-layer options repeat; all of them if they do not divide."""
+    period = math.lcm(max(1, len(m.window)), max(1, m.value_embed_every))
+    return period if m.layers % period == 0 else m.layers
+
+
+def _validate_data(d: DataConfig) -> None:
+    if not d.source:
+        raise ConfigError("'data.source' is empty; expected stdlib, rust, a path, a glob, or hf:<dataset>")
+    _at_least("data.seq_len", d.seq_len, 2)
+    _at_least("data.batch", d.batch, 1)
+    _at_least("data.workers", d.workers, 0)
+    _at_least("data.prefetch", d.prefetch, 1)
+    _at_least("data.max_bytes", d.max_bytes, 0)
+    if not 1 <= d.val_percent <= 50:
+        raise ConfigError(f"'data.val_percent' must be in 1..50, got {d.val_percent}")
+
+
+def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
+    for group in GROUPS:
+        g: GroupConfig = getattr(o, group)
+        path = f"opt.{group}"
+        _choice(f"{path}.name", g.name, ("muon", "adamw", "lion"))
+        if g.name == "muon" and group != "matrix":
+            raise ConfigError(f"'{path}.name' = 'muon' works on matrices only; use adamw or lion")
+        _choice(f"{path}.coefficients", g.coefficients, ("jordan", "polar_express", "dion"))
+        _choice(f"{path}.scale", g.scale, ("original", "rms", "spectral"))
+        _at_least(f"{path}.steps", g.steps, 1)
+        _at_least(f"{path}.weight_decay", g.weight_decay, 0)
+        for key in ("lr", "eps"):
+            if getattr(g, key) <= 0:
+                raise ConfigError(f"'{path}.{key}' must be positive, got {getattr(g, key)}")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(g, key) < 1:
+                raise ConfigError(f"'{path}.{key}' must be in [0, 1), got {getattr(g, key)}")
+    s = o.schedule
+    _choice("opt.schedule.kind", s.kind, ("wsd", "cosine", "linear"))
+    _choice("opt.schedule.decay_shape", s.decay_shape, ("linear", "cosine", "sqrt"))
+    _at_least("opt.schedule.warmup_steps", s.warmup_steps, 0)
+    _at_least("opt.schedule.rewarm_steps", s.rewarm_steps, 0)
+    for key in ("floor", "decay_fraction"):
+        if not 0 <= getattr(s, key) <= 1:
+            raise ConfigError(f"'opt.schedule.{key}' must be in [0, 1], got {getattr(s, key)}")
+    if s.warmup_steps >= t.steps:
+        raise ConfigError(
+            f"'opt.schedule.warmup_steps' = {s.warmup_steps} must be less than 'train.steps' = {t.steps}"
+        )
+    if s.kind == "wsd" and s.warmup_steps + round(s.decay_fraction * t.steps) > t.steps:
+        raise ConfigError(
+            f"'opt.schedule.decay_fraction' = {s.decay_fraction} of {t.steps} steps and "
+            f"{s.warmup_steps} warm-up steps exceed the run; lower one"
+        )
+    _at_least("opt.clip", o.clip, 0)
+    _at_least("opt.skip_nonfinite", o.skip_nonfinite, 0)
+
+
+def _validate_run(c: Config) -> None:
+    if not c.name or any(ch in c.name for ch in "/\\ \t\n"):
+        raise ConfigError(f"'name' must be a word without slashes or spaces, got {c.name!r}")
+    if not 0 <= c.seed < 2**31:
+        raise ConfigError(f"'seed' must be in 0..2^31-1, got {c.seed}")
+    t = c.train
+    _at_least("train.steps", t.steps, 1)
+    _at_least("train.microbatches", t.microbatches, 1)
+    _at_least("train.loss_chunk", t.loss_chunk, 1)
+    _divides("data.batch", c.data.batch, "train.microbatches", t.microbatches)
+    if not any(weight for _, weight in t.loss):
+        raise ConfigError(f"'train.loss' needs a term with a weight, got {t.loss!r}")
+    for name, _ in t.loss:
+        _choice("train.loss", name, ("next_token", "z", "logit_entropy"))
+    k = c.ckpt
+    _at_least("ckpt.every_steps", k.every_steps, 0)
+    _at_least("ckpt.every_minutes", k.every_minutes, 0)
+    _at_least("ckpt.keep_last", k.keep_last, 1)
+    _at_least("ckpt.keep_every_steps", k.keep_every_steps, 0)
+    _at_least("ckpt.min_free_gb", k.min_free_gb, 0)
+    _choice("ckpt.verify", k.verify, ("size", "sha256"))
+    _at_least("eval.every_steps", c.eval.every_steps, 0)
+    _at_least("eval.batches", c.eval.batches, 0)
+    _at_least("eval.sample_tokens", c.eval.sample_tokens, 0)
+    _at_least("log.every_steps", c.log.every_steps, 1)
+    i = c.infer
+    _at_least("infer.max_tokens", i.max_tokens, 1)
+    _at_least("infer.temperature", i.temperature, 0)
+    _at_least("infer.top_k", i.top_k, 0)
+    _at_least("infer.capacity", i.capacity, 2)
+    if not 0 < i.top_p <= 1:
+        raise ConfigError(f"'infer.top_p' must be in (0, 1], got {i.top_p}")
+
+
+def _validate_mesh(c: Config) -> None:
+    mesh = c.mesh
+    for key in ("data", "fsdp", "tensor"):
+        _at_least(f"mesh.{key}", getattr(mesh, key), 1)
+    rows = c.data.batch // c.train.microbatches
+    _divides("data.batch / train.microbatches", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    m = c.model
+    for path, size, axis in (
+        ("model.heads * model.head_dim", m.heads * m.head_dim, "tensor"),
+        ("model.kv_heads * model.head_dim", m.kv_heads * m.head_dim, "tensor"),
+        ("model.mlp_dim", m.mlp_dim, "tensor"),
+        ("model.dim", m.dim, "fsdp"),
+    ):
+        _divides(path, size, f"mesh.{axis}", getattr(mesh, axis))
