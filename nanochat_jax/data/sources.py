@@ -106,9 +106,9 @@ def _rust() -> tuple[Path, list[Path]]:
     roots = rust_roots()
     found = [path for root in roots for path in _tree(root, ".rs")]
     if not found:
-        looked = f" (looked in {', '.join(map(str, roots))})" if roots else ""
+        looked = ", ".join(map(str, roots)) or "~/.rustup, ~/.cargo, /usr/src/rustc-*, /usr/share/cargo"
         raise DataError(
-            f"no Rust sources on this machine{looked}; install some: `apt install rust-src` or "
+            f"no Rust sources on this machine (looked in {looked}); install some: `apt install rust-src` or "
             "`rustup component add rust-src`, or crates such as `apt install librust-serde-dev`, "
             "or set data.source to a directory or glob"
         )

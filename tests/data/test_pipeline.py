@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -118,9 +119,10 @@ def test_closing_stops_the_threads(corpus):
     assert threading.active_count() > before
     stream.close()
     stream.close()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(2) if not thread.daemon else None
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
     assert list(stream) == []
     pipeline.batches(CFG, corpus, 0).close()  # never begun
 

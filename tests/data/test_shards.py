@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -324,6 +325,22 @@ def test_several_processes_at_once(tree):
     assert "".join(outputs).count(f"reading {tree}") == 1
     assert len([p for p in cache.iterdir() if p.name != "requests"]) == 1
     shards.open_corpus(next(p for p in cache.iterdir() if p.name != "requests"), 400, verify=True)
+
+
+def test_a_preparation_waits_for_the_one_under_way(tree):
+    made = prepare(tree)
+    link = next((tree.parent / "cache" / "requests").glob("*.json"))
+    link.unlink()
+    shutil.rmtree(made.directory)
+    waiting, results = threading.Event(), []
+    thread = threading.Thread(target=lambda: results.append(prepare(tree, lambda line: waiting.set())))
+    with shards._lock(link.with_suffix(".lock"), pytest.fail):
+        thread.start()
+        assert waiting.wait(20)
+        thread.join(0.3)
+        assert thread.is_alive() and not made.directory.exists() and no_partial(tree.parent / "cache")
+    thread.join(20)
+    assert results[0].sha256 == made.sha256
 
 
 def test_without_file_locks_the_first_result_stays(tree, monkeypatch):
