@@ -48,7 +48,7 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         output = transformer.forward(cfg, project, params, batch)
-        total, sums = token_loss(
+        total, sums = token_loss(  # type: ignore[misc]
             cfg, chunk, tuple(coefficients.items()),
             output.hidden, transformer.head(cfg, params), batch.targets, batch.weights,
         )  # fmt: skip

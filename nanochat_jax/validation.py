@@ -118,6 +118,24 @@ def _validate_data(d: DataConfig) -> None:
         raise ConfigError(f"'data.val_percent' must be in 1..50, got {d.val_percent}")
 
 
+# Settings of a group that its optimizer reads, besides name, lr, weight_decay and cautious.
+READ = {
+    "muon": ("beta1", "steps", "coefficients", "scale"),
+    "adamw": ("beta1", "beta2", "eps"),
+    "lion": ("beta1", "beta2"),
+}
+
+
+def _check_unread(path: str, g: GroupConfig) -> None:
+    """A changed setting that the group's optimizer does not read is a mistake, not a no-op."""
+    default = type(g)()
+    for key in ("beta2", "eps", "steps", "coefficients", "scale"):
+        if key not in READ[g.name] and getattr(g, key) != getattr(default, key):
+            raise ConfigError(f"'{path}.{key}' has no effect because {path}.name is '{g.name}'")
+    if g.cautious and not g.weight_decay:
+        raise ConfigError(f"'{path}.cautious' has no effect because {path}.weight_decay is 0")
+
+
 def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
     for group in GROUPS:
         g: GroupConfig = getattr(o, group)
@@ -125,6 +143,7 @@ def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
         _choice(f"{path}.name", g.name, ("muon", "adamw", "lion"))
         if g.name == "muon" and group != "matrix":
             raise ConfigError(f"'{path}.name' = 'muon' works on matrices only; use adamw or lion")
+        _check_unread(path, g)
         _choice(f"{path}.coefficients", g.coefficients, ("jordan", "polar_express", "dion"))
         _choice(f"{path}.scale", g.scale, ("original", "rms", "spectral"))
         _at_least(f"{path}.steps", g.steps, 1)
@@ -140,6 +159,9 @@ def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
     _choice("opt.schedule.decay_shape", s.decay_shape, ("linear", "cosine", "sqrt"))
     _at_least("opt.schedule.warmup_steps", s.warmup_steps, 0)
     _at_least("opt.schedule.rewarm_steps", s.rewarm_steps, 0)
+    for key in ("decay_fraction", "decay_shape"):
+        if s.kind != "wsd" and getattr(s, key) != getattr(type(s)(), key):
+            raise ConfigError(f"'opt.schedule.{key}' has no effect because opt.schedule.kind is '{s.kind}'")
     for key in ("floor", "decay_fraction"):
         if not 0 <= getattr(s, key) <= 1:
             raise ConfigError(f"'opt.schedule.{key}' must be in [0, 1], got {getattr(s, key)}")

@@ -1,0 +1,280 @@
+"""Every mistake in a setting gets its sentence, and every setting changes something."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax import cli, config
+from nanochat_jax.config import BLOCKS, ConfigError, defaults, resolve
+
+
+def with_(**changes):
+    """Default settings as nested dicts, with changes written model__dim=3."""
+    settings = defaults().to_dict()
+    for key, value in changes.items():
+        group = settings
+        *path, last = key.split("__")
+        for part in path:
+            group = group[part]
+        group[last] = value
+    return settings
+
+
+def test_defaults_resolve_and_round_trip():
+    cfg = resolve(defaults())
+    assert resolve(config.to_dict(cfg)) == cfg
+    assert resolve(json.loads(json.dumps(config.to_dict(cfg)))) == cfg  # lists become tuples again
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_resolve(name):
+    settings = defaults()
+    settings.model.update(BLOCKS[name])
+    settings.model.quant = "ternary"
+    assert resolve(settings).model.mlp == BLOCKS[name]["mlp"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__dimm": 3}, "no key 'model.dimm'. Did you mean 'model.dim'?"),
+        ({"model__dim": "3"}, "'model.dim' must be int, got '3' (str)"),
+        ({"model__dim": True}, "'model.dim' must be int, got True (bool)"),
+        ({"opt__clip": float("nan")}, "'opt.clip' must be finite"),
+        ({"model__dim": 0}, "'model.dim' must be at least 1, got 0"),
+        ({"model__heads": 6}, "'model.heads' = 6 must be a multiple of 'model.kv_heads' = 4"),
+        ({"model__head_dim": 15}, "must be even"),
+        ({"model__mlp": "swigl"}, "'model.mlp' = 'swigl' is unknown. Did you mean 'swiglu'?"),
+        ({"model__window": 8}, "'model.window' must be a tuple, got 8"),
+        ({"model__window": (8, "a")}, "'model.window' must be int, got 'a'"),
+        ({"model__qk_gain": 1.2}, "'model.qk_gain' has no effect because model.qk_norm is 'none'"),
+        ({"model__quant_group": 8}, "'model.quant_group' has no effect because model.quant is 'full'"),
+        ({"model__loop": {"count": 1, "norm": True}}, "has no effect because model.loop.count is 1"),
+        ({"model__unroll": 3}, "'model.layers' = 4 must be a multiple of 'model.unroll' = 3"),
+        ({"model__unroll": 1, "model__window": (4, 0)}, "must be a multiple of 2, the period"),
+        ({"model__norm_eps": 0.0}, "'model.norm_eps' must be positive"),
+        ({"data__source": ""}, "'data.source' is empty"),
+        ({"data__val_percent": 0}, "must be in 1..50"),
+        ({"opt__embed__name": "muon"}, "works on matrices only"),
+        ({"opt__head__beta1": 1.0}, "must be in [0, 1)"),
+        ({"opt__matrix__coefficients": "jordam"}, "Did you mean 'jordan'?"),
+        ({"opt__schedule__kind": "wds"}, "Did you mean 'wsd'?"),
+        ({"opt__schedule__warmup_steps": 1000}, "must be less than 'train.steps'"),
+        ({"opt__schedule__decay_fraction": 0.99}, "exceed the run; lower one"),
+        ({"train__microbatches": 3}, "'data.batch' = 8 must be a multiple of 'train.microbatches' = 3"),
+        ({"train__loss": (("next_tokn", 1.0),)}, "Did you mean 'next_token'?"),
+        ({"train__loss": (("z", 0.0),)}, "needs a term with a weight"),
+        ({"train__loss": (("z",),)}, "must have 2 entries"),
+        ({"mesh__data": 16}, "must be a multiple of 'mesh.data * mesh.fsdp' = 16"),
+        ({"mesh__tensor": 7}, "must be a multiple of 'mesh.tensor' = 7"),
+        ({"opt__matrix__eps": 1e-3}, "'opt.matrix.eps' has no effect because opt.matrix.name is 'muon'"),
+        ({"opt__embed__cautious": True}, "has no effect because opt.embed.weight_decay is 0"),
+        ({"opt__schedule__kind": "cosine", "opt__schedule__decay_shape": "sqrt"}, "kind is 'cosine'"),
+        ({"name": "a b"}, "'name' must be a word"),
+        ({"seed": -1}, "'seed' must be in"),
+        ({"ckpt__verify": "md5"}, "'ckpt.verify' = 'md5' is unknown"),
+        ({"infer__top_p": 0.0}, "'infer.top_p' must be in (0, 1]"),
+    ],
+)
+def test_every_mistake_has_its_sentence(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        resolve(with_(**changes))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_arguments_behind_the_colon():
+    assert cli.get_config("tiny:preset=portable").model.mlp == "swiglu"
+    with pytest.raises(
+        ConfigError, match=r"config argument 'presat=x': expected key=value. Did you mean 'preset'"
+    ):
+        cli.get_config("tiny:presat=x")
+
+
+@pytest.mark.parametrize("name", sorted(cli._configs()))
+def test_every_config_file_resolves_and_traces(name):
+    from nanochat_jax.train import program
+
+    assert "parameters:" in program.dry_run(cli.get_config(name))
+
+
+# --- every key changes something
+
+SMALL = {
+    "model__vocab_size": 128, "model__dim": 32, "model__layers": 2, "model__heads": 2, "model__kv_heads": 2,
+    "model__head_dim": 16, "model__mlp_dim": 32, "data__seq_len": 16, "data__batch": 4, "train__steps": 10,
+    "opt__schedule__warmup_steps": 2,
+}  # fmt: skip
+# Another value for each key that the traced step depends on (with what it needs to be allowed).
+STEP = {
+    "seed": 5, "model.vocab_size": 100, "model.dim": 64, "model.layers": 3, "model.heads": 4, "model.kv_heads": 1,
+    "model.head_dim": 8, "model.mlp": "relu2", "model.mlp_dim": 64, "model.norm": "weightless",
+    "model.norm_eps": 1e-5, "model.sub_norm": True, "model.embed_norm": True, "model.qk_norm": "before_rope",
+    "model.qk_gain": (1.5, {"model.qk_norm": "after_rope"}), "model.rope_theta": 500.0, "model.softcap": 9.0,
+    "model.tied": True, "model.window": (4,), "model.value_embed_every": 1, "model.residual_scalars": True,
+    "model.x0_scalars": True, "model.loop.count": 2, "model.loop.norm": (True, {"model.loop.count": 2}),
+    "model.quant": "ternary", "model.quant_group": (8, {"model.quant": "ternary"}), "model.dtype": "bfloat16",
+    "model.remat": "block", "model.unroll": 1, "data.seq_len": 8, "data.batch": 8, "opt.clip": 0.0,
+    "opt.skip_nonfinite": 0, "train.microbatches": 2, "train.loss": (("next_token", 1.0), ("z", 0.1)),
+    "train.loss_chunk": 4, "train.steps": 20, "opt.schedule.kind": "cosine", "opt.schedule.warmup_steps": 3,
+    "opt.schedule.decay_fraction": 0.2, "opt.schedule.decay_shape": "cosine", "opt.schedule.floor": 0.3,
+    "opt.decay_to_zero": (True, {"opt.matrix.weight_decay": 0.1}), "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+    "opt.matrix.name": "adamw", "opt.matrix.lr": 0.5, "opt.matrix.weight_decay": 0.1, "opt.matrix.beta1": 0.5,
+    "opt.matrix.steps": 3, "opt.matrix.coefficients": "jordan", "opt.matrix.scale": "rms",
+    "opt.matrix.cautious": (True, {"opt.matrix.weight_decay": 0.1}),
+    "opt.matrix.beta2": (0.5, {"opt.matrix.name": "adamw"}), "opt.matrix.eps": (1e-3, {"opt.matrix.name": "adamw"}),
+}  # fmt: skip
+for _group in ("embed", "head", "scalar"):
+    STEP |= {
+        f"opt.{_group}.name": "lion", f"opt.{_group}.lr": 0.5, f"opt.{_group}.weight_decay": 0.1,
+        f"opt.{_group}.beta1": 0.5, f"opt.{_group}.beta2": 0.5, f"opt.{_group}.eps": 1e-3,
+        f"opt.{_group}.cautious": (True, {f"opt.{_group}.weight_decay": 0.1}),
+    }  # fmt: skip
+# Keys whose effect is outside the step, and the test that shows it.
+ELSEWHERE = {
+    "name": "test_system (workdir)", "workdir": "cli.workdir", "model.embed_std": "initial values, below",
+    "data.source": "test_sources", "data.tokenizer": "test_shards", "data.isolate": "test_packing",
+    "data.shuffle": "test_pipeline", "data.val_percent": "test_shards", "data.max_bytes": "test_sources",
+    "data.text_key": "test_sources", "data.workers": "test_pipeline", "data.prefetch": "test_pipeline",
+    "opt.schedule.rewarm_steps": "test_system (extension)", "ckpt.every_steps": "test_checkpoint",
+    "ckpt.every_minutes": "test_checkpoint", "ckpt.keep_last": "test_checkpoint",
+    "ckpt.keep_every_steps": "test_checkpoint", "ckpt.init_from": "test_system", "ckpt.verify": "test_checkpoint",
+    "ckpt.min_free_gb": "test_checkpoint", "eval.every_steps": "test_system", "eval.batches": "test_pipeline (limit)",
+    "eval.prompt": "test_inference (command)", "eval.sample_tokens": "test_system", "log.every_steps": "test_system",
+    "log.tensorboard": "test_telemetry", "infer.max_tokens": "test_inference", "infer.temperature": "test_inference",
+    "infer.top_k": "test_inference", "infer.top_p": "test_inference", "infer.capacity": "test_inference",
+}  # fmt: skip
+# Newton-Schulz settings of groups that cannot be Muon are refused (test_unread_settings_are_refused).
+REFUSED = {f"opt.{g}.{k}" for g in ("embed", "head", "scalar") for k in ("steps", "coefficients", "scale")}
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_unread_settings_are_refused(key):
+    value = {"steps": 3, "coefficients": "jordan", "scale": "rms"}[key.rsplit(".", 1)[1]]
+    with pytest.raises(ConfigError, match=f"'{key}' has no effect because"):
+        resolve(with_(**{key.replace(".", "__"): value}))
+
+
+def test_every_key_is_accounted_for():
+    assert set(STEP) | set(ELSEWHERE) | REFUSED == set(config.all_keys())
+
+
+def trace(changes):
+    """The lowered step: constants, shapes, shardings and operations, as text."""
+    from nanochat_jax import parallel
+    from nanochat_jax.train import program
+
+    cfg = resolve(with_(**SMALL, **{k.replace(".", "__"): v for k, v in changes.items()}))
+    parts = program.Parts(cfg)
+    rows = jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), np.int32)
+    batch = parallel.Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, np.float32), rows, rows)
+    return parts.step.lower(parts.shapes, batch).as_text()
+
+
+@pytest.mark.slow
+def test_every_step_key_changes_the_traced_step():
+    plain: dict = {}
+    for key, value in STEP.items():
+        changed, needs = value if isinstance(value, tuple) and isinstance(value[-1], dict) else (value, {})
+        name = tuple(needs.items())
+        if name not in plain:
+            plain[name] = trace(needs)
+        assert trace({**needs, key: changed}) != plain[name], f"{key} changes nothing"
+
+
+def test_initial_embedding_follows_its_setting():
+    from nanochat_jax import params
+    from nanochat_jax.model import transformer
+
+    stds = []
+    for std in (0.02, 0.8):
+        specs = transformer.param_specs(dataclasses.replace(config.ModelConfig(), embed_std=std))
+        stds.append(float(params.init_params({"embed": specs["embed"]}, jax.random.key(0))["embed"].std()))
+    np.testing.assert_allclose(stds, [0.02, 0.8], rtol=0.01)
+
+
+# --- command line
+
+
+def call(*words, **kwargs):
+    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (
+            ["--config=tiny", "--config.model.dimm=3"],
+            2,
+            "config error: no key 'model.dimm'. Did you mean 'model.dim'?",
+        ),
+        (["--config=tiny", "--config.model.dim=x"], 2, "config error: 'model.dim' must be int, got 'x'"),
+        (["--config=tiny", "--config.data.shuffle=maybe"], 2, "'data.shuffle' must be true or false"),
+        (["--config=tinny"], 2, "config error: no config 'tinny' (looked in"),
+        ([], 2, "usage error: --config is missing"),
+        (["--config=tiny", "--resme=never"], 2, "usage error: no flag --resme. Did you mean --resume?"),
+        (["--config=tiny", "--resume=maybe"], 2, "--resume must be one of auto, never, must"),
+        (["--config=tiny", "leftover"], 2, "usage error: unexpected 'leftover'"),
+    ],
+)
+def test_mistakes_on_the_command_line(monkeypatch, capsys, words, status, message):
+    from nanochat_jax.train.__main__ import FLAGS, main
+
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.run("train", main, FLAGS)
+    printed = capsys.readouterr().err
+    assert caught.value.code == status and message in printed and "Traceback" not in printed
+
+
+@pytest.mark.multiprocess
+def test_help_and_errors_come_before_jax(child_env):
+    script = (
+        "import sys; sys.argv = ['train', *{words!r}]\n"
+        "from nanochat_jax import cli\nfrom nanochat_jax.train.__main__ import FLAGS, main\n"
+        "try: cli.run('train', main, FLAGS)\n"
+        "except SystemExit as e: print('status', e.code, 'jax' in sys.modules)"
+    )
+    for words, expected in (
+        (["--help"], "status 0 False"),
+        (["--config=tiny", "--config.x=1"], "status 2 False"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", script.format(words=words)], capture_output=True, text=True, env=child_env
+        )
+        assert expected in result.stdout, result.stderr
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("room", cli.ROOMS)
+def test_every_room_prints_help(room, child_env):
+    result = call(f"nanochat_jax.{room}", "--help", env=child_env)
+    assert result.returncode == 0 and "usage: python -m nanochat_jax." in result.stdout
+
+
+def test_help_config_lists_every_key():
+    listed = {line[len("--config.") :].split("=")[0] for line in cli._help_config().splitlines()}
+    assert listed == set(config.all_keys())
+
+
+def test_json_config_feeds_back(tmp_path):
+    cfg = cli.get_config("tiny", **{"train.steps": 33})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict(cfg)))
+    assert cli.get_config(str(path)) == cfg
+
+
+def test_a_broken_config_file_is_one_sentence(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config(arg=''):\n    raise RuntimeError('oops')\n")
+    with pytest.raises(ConfigError, match=r"broken.py: RuntimeError: oops"):
+        cli.get_config(str(path))
+    path.write_text(
+        "from nanochat_jax.config import defaults\ndef get_config(arg=''):\n    c = defaults()\n    c.model.dimm = 3\n    return c\n"
+    )
+    with pytest.raises(ConfigError, match="dimm"):
+        cli.get_config(str(path))
