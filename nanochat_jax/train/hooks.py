@@ -124,9 +124,10 @@ def save(checkpoints: Checkpointer, misc: Callable[[int], dict], progress: Progr
     previous checkpoint is intact and space may come back."""
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
-        if not done or not checkpoints.due(done):
-            return
         try:
+            checkpoints.check()
+            if not done or not checkpoints.due(done):
+                return
             start = time.perf_counter()
             checkpoints.save(done, state, misc(done))
             progress.print(f"save {done} | blocked for {1e3 * (time.perf_counter() - start):.0f} ms")

@@ -128,20 +128,22 @@ def start_state(
         )
         state = TrainState(state.step, params, state.opt_state)
         return parts, state, None, f"starting from the parameters of {cfg.ckpt.init_from}"
-    misc = checkpoint.read_misc(checkpoints.directory, latest)
-    if differences := manifest.changed_keys(misc["config"], manifest.to_dict(cfg)):
-        raise ConfigError(
-            f"{home} holds a run with other settings ({'; '.join(differences)}); use another --workdir"
-        )
-    extension = tuple(misc["extension"]) if misc.get("extension") else None
-    if misc["config"]["train"]["steps"] != cfg.train.steps:
-        last = optim.check_extension(
-            cfg.opt.schedule, misc["config"]["train"]["steps"], cfg.train.steps, latest
-        )
-        extension = (last, latest) if cfg.opt.schedule.rewarm_steps else None
-    parts = Parts(cfg, extension)
-    state, _ = checkpoints.restore(parts.target, parts.fresh_opt)
-    return parts, state, extension, f"continuing at step {int(state.step)}"
+    if (home / "config.json").exists():
+        before = json.loads((home / "config.json").read_text())
+        if differences := manifest.changed_keys(before, manifest.to_dict(cfg)):
+            raise ConfigError(
+                f"{home} holds a run with other settings ({'; '.join(differences)}); use another --workdir"
+            )
+    parts = Parts(cfg)
+    state, misc = checkpoints.restore(parts.target, parts.fresh_opt)  # of the newest intact step
+    step, old_steps = int(state.step), misc["config"]["train"]["steps"]
+    extension = tuple(misc["extension"]) if misc["extension"] else None
+    if old_steps != cfg.train.steps:
+        last = optim.check_extension(cfg.opt.schedule, old_steps, cfg.train.steps, step)
+        extension = (last, step) if cfg.opt.schedule.rewarm_steps else None
+    if extension:
+        parts = Parts(cfg, extension)  # the same shapes, another schedule
+    return parts, state, extension, f"continuing at step {step}"
 
 
 def train(

@@ -287,14 +287,14 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, child_env):
         f"--workdir={tmp_path / 'run'}", "--config.train.steps=2000", "--config.data.max_bytes=600000",
         "--config.log.every_steps=1", "--config.eval.every_steps=0",
     ]  # fmt: skip
-    child = subprocess.Popen(command, env=child_env, stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    for line in child.stderr:
-        if line.startswith("step 5/"):
-            child.send_signal(signal.SIGTERM)
-            break
-    rest = child.stderr.read()
-    assert child.wait() == 130 and "the same command continues this run" in rest
+    with subprocess.Popen(command, env=child_env, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("step 5/"):
+                child.send_signal(signal.SIGTERM)
+                break
+        rest = child.stderr.read()
+    assert child.returncode == 130 and "the same command continues this run" in rest
     stopped = program.checkpoint.latest_step(tmp_path / "run" / "ckpt")
     short = [w for w in command if "train.steps" not in w] + [f"--config.train.steps={stopped + 2}"]
     again = subprocess.run(
