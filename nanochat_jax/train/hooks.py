@@ -29,10 +29,25 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def aside(hook: Hook, paused: list[float]) -> Hook:
+    """Note the seconds that a hook takes in `paused`, so that they do not count as training."""
+
+    def run(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        start = time.perf_counter()
+        hook(done, state, metrics)
+        paused.append(time.perf_counter() - start)
+
+    return run
+
+
 def log_metrics(
-    cfg: Config, schedules: Schedules, writers: Multi, progress: Progress, clock=time.perf_counter
+    cfg: Config, schedules: Schedules, writers: Multi, progress: Progress, paused: list[float]
 ) -> Hook:
-    """Average the metrics of an interval of steps, add speed and learning rates, write them out."""
+    """Average the metrics of an interval of steps, add speed and learning rates, write them out.
+
+    Args: paused: seconds of the interval spent in evaluation, samples and saving; emptied here.
+    """
+    clock = time.perf_counter
     sums: dict[str, float] = {}
     count, began = 0, clock()
     tokens_per_step = cfg.data.batch * cfg.data.seq_len
@@ -58,17 +73,19 @@ def log_metrics(
             progress.bar(step, None)
             return
         now = clock()
+        seconds = max(now - began - sum(paused), 1e-9)
+        paused.clear()
         mean = {name: total / count for name, total in sums.items() if name != "step"}
-        speed = tokens_per_step * count / max(now - began, 1e-9)
+        speed = tokens_per_step * count / seconds
         skipped = int(metrics.get("opt/skipped", 0))
         rates = optim.learning_rates(schedules, step - 1 - skipped)
         mean |= {name: float(value) for name, value in jax.device_get(rates).items()}
         mean |= {name: metrics[name] for name in ("opt/skipped", "opt/skipped_in_a_row") if name in metrics}
         mean |= {
             "perf/tokens_per_second": speed,
-            "perf/step_ms": 1e3 * (now - began) / count,
+            "perf/step_ms": 1e3 * seconds / count,
             "perf/memory_gib": memory_gib(),
-            "perf/eta_seconds": (cfg.train.steps - step) * (now - began) / count,
+            "perf/eta_seconds": (cfg.train.steps - step) * seconds / count,
         }
         if peak:
             mean["perf/mfu"] = speed * work / (peak * len(kinds))

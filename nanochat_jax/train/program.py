@@ -178,11 +178,14 @@ def train(
         scores: dict[str, float] = {}
         evaluate = hooks.evaluate(_scorer(cfg, parts, corpus), writers, progress, scores)
         sample = hooks.sample(_sampler(cfg, corpus), writers, progress)
+        paused: list[float] = []
+        scored = [loop.every(cfg.eval.every_steps, evaluate)]
+        if cfg.eval.sample_tokens:
+            scored.append(loop.every(cfg.eval.every_steps, sample))
         wanted = [
-            hooks.log_metrics(cfg, parts.schedules, writers, progress),
-            loop.every(cfg.eval.every_steps, evaluate),
-            *([loop.every(cfg.eval.every_steps, sample)] if cfg.eval.sample_tokens else []),
-            hooks.save(checkpoints, misc, progress),
+            hooks.log_metrics(cfg, parts.schedules, writers, progress, paused),
+            *(hooks.aside(hook, paused) for hook in scored),
+            hooks.aside(hooks.save(checkpoints, misc, progress), paused),
             hooks.stop_when(interrupted, cfg.opt.skip_nonfinite),
         ]
         if first < cfg.train.steps:
