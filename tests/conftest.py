@@ -17,17 +17,21 @@ from nanochat_jax.config import ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-
-_connect = socket.socket.connect
-
-
-def _loopback_only(self, address):
-    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-        raise OSError(f"tests must not use the network: {address}")
-    return _connect(self, address)
+# A program compiled by an earlier version of the code must not hide what this one does.
+jax.config.update("jax_enable_compilation_cache", "JAX_COMPILATION_CACHE_DIR" in os.environ)
 
 
-socket.socket.connect = _loopback_only  # type: ignore[method-assign]
+def _loopback_only(connect):
+    def checked(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests must not use the network: {address}")
+        return connect(self, address)
+
+    return checked
+
+
+socket.socket.connect = _loopback_only(socket.socket.connect)  # type: ignore[method-assign]
+socket.socket.connect_ex = _loopback_only(socket.socket.connect_ex)  # type: ignore[method-assign]
 
 
 @pytest.fixture
