@@ -6,18 +6,24 @@ environment variables.
 """
 
 import ast
+import contextlib
 import ctypes
 import dataclasses
 import difflib
+import hashlib
 import importlib.util
+import inspect
 import json
 import logging
+import math
 import os
+import re
 import runpy
 import signal
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,13 +34,14 @@ from nanochat_jax import __version__
 from nanochat_jax import config as config_lib
 from nanochat_jax.config import Config, ConfigError
 
-ROOMS = ("train", "inference", "bench")
+# Rooms that can be run are those that have a `__main__`.
+ROOMS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/__main__.py")))
 SHARED_FLAGS = {
     "config": "path or name of a config, argument behind a colon: configs/tiny.py:preset=portable",
     "workdir": "where outputs go; default runs/<name>",
-    "verbosity": "1 shows tracebacks",
+    "verbosity": "1 (or -v) shows tracebacks",
     "help": "this text",
-    "help_config": "list every setting",
+    "help_config": "list every setting with its type, default and meaning",
 }
 log = logging.getLogger("nanochat_jax")
 
@@ -59,8 +66,9 @@ class Invocation:
     workdir: str = ""
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.flags:
-            return self.flags[name]
+        flags = self.__dict__.get("flags", {})  # absent while a copy is being made
+        if name in flags:
+            return flags[name]
         raise AttributeError(name)
 
 
@@ -76,42 +84,53 @@ def run(
 ) -> None:
     """Parse the command line, resolve the config, call main(config, invocation), exit.
 
-    Exit status: 0 done, 1 failed, 2 usage or config, 3 environment, 130 interrupted.
-    Errors of this package print one line; --verbosity=1 adds the traceback.
+    Exit status: 0 done, 1 failed, 2 usage or config, 3 environment (a missing package or device),
+    4 verification mismatch, 130 interrupted. Errors of this package print one line; --verbosity=1
+    adds the traceback.
     """
     argv = sys.argv[1:]
-    verbose = any(a in ("--verbosity=1", "-v") for a in argv)
+    verbose = "-v" in argv or bool(re.search(r"(^|\s)--verbosity[= ][1-9]", " ".join(argv)))
     try:
-        if "--help" in argv or "-h" in argv:
-            print(_help(room, flags or {}))
-            sys.exit(0)
-        if "--help_config" in argv:
-            print(_help_config())
+        wanted = {"--help_config", "--help=config", "--help", "-h"} & set(argv)
+        if wanted:
+            print(_help(room, flags or {}) if wanted <= {"--help", "-h"} else config_lib.describe())
+            sys.stdout.flush()
             sys.exit(0)
         invocation = parse(argv, flags or {})
         if needs_config and not invocation.config_path:
-            raise UsageError(
-                f"--config is missing, e.g. --config=configs/tiny.py; known: {', '.join(_configs())}"
-            )
+            known = ", ".join(_configs())
+            raise UsageError(f"--config is missing, e.g. --config=configs/tiny.py; known: {known}")
         config = load(invocation) if invocation.config_path else Config()
         status = main(config, invocation)
     except ConfigError as error:
         _fail("usage" if isinstance(error, UsageError) else "config", error, 2, verbose)
     except KeyboardInterrupt:
         _fail("interrupted", "stopped at once; the last checkpoint is intact", 130, verbose)
+    except BrokenPipeError:  # `... --help_config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the exit flushes once more
+        sys.exit(1)
     except Exception as error:
-        if _is_ours(error) or isinstance(error, OSError):
-            _fail("error", error, getattr(error, "exit_code", 1), verbose)
-        raise
+        failed = _status(error)
+        if failed is None:
+            raise
+        told = verbose or type(error).__module__.startswith("nanochat_jax")
+        sentence = str(error) or f"{type(error).__name__}, JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        _fail("error", f"{sentence}{'' if told else ' (--verbosity=1 shows where)'}", failed, verbose)
     sys.exit(status or 0)
 
 
-def _is_ours(error: Exception) -> bool:
+def _status(error: Exception) -> int | None:
+    """Exit status of an error that one line explains; None for one that needs its traceback."""
+    if type(error).__module__.startswith("nanochat_jax"):
+        return getattr(error, "exit_code", 1)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("nanochat_jax"):
+        return 3
     raised_by = traceback.extract_tb(error.__traceback__)[-1].filename
+    if raised_by.endswith("xla_bridge.py"):  # jax: the platform that was asked for has no device
+        return 3
     here = str(Path(__file__).parent)
-    return type(error).__module__.startswith("nanochat_jax") or (
-        isinstance(error, (ValueError, NotImplementedError)) and raised_by.startswith(here)
-    )
+    plain = isinstance(error, (ValueError, NotImplementedError)) and raised_by.startswith(here)
+    return 1 if plain or isinstance(error, OSError) else None
 
 
 def _fail(kind: str, error: Any, status: int, verbose: bool) -> None:
@@ -129,26 +148,42 @@ def parse(argv: list[str], known: dict[str, Flag]) -> Invocation:
     rest = list(argv)
     while rest:
         word = rest.pop(0)
+        if word == "-v":
+            word = "--verbosity=1"
         if not word.startswith("--"):
             raise UsageError(f"unexpected '{word}'; settings are written --config.group.key=value")
         name, equals, text = word[2:].partition("=")
         if not equals and _takes_value(name, known) and rest and not rest[0].startswith("--"):
             text, equals = rest.pop(0), "="
         if name.startswith("config."):
-            overrides[name[len("config.") :]] = text if equals else "true"
+            key = name.removeprefix("config.")
+            if not equals and _takes_value(name, known):
+                raise UsageError(f"--{name} needs a value: --{name}=...")
+            overrides[key] = text if equals else "true"
+        elif name.startswith("noconfig.") and not equals:
+            overrides[name.removeprefix("noconfig.")] = "false"
         elif name in shared:
+            if not text:
+                raise UsageError(f"--{name} needs a value: {SHARED_FLAGS[name]}")
             shared[name] = text
         elif name in known:
             values[name] = _value(name, known[name], text, bool(equals))
         else:
-            close = difflib.get_close_matches(name, [*known, *SHARED_FLAGS], 1)
-            raise UsageError(
-                f"no flag --{name}" + (f". Did you mean --{close[0]}?" if close else "; see --help")
-            )
+            raise UsageError(f"no flag --{name}{_nearest_flag(name, known)}")
     return Invocation(shared["config"], overrides, values, tuple(argv), shared["workdir"])
 
 
+def _nearest_flag(name: str, known: dict[str, Flag]) -> str:
+    if name in config_lib.all_keys():
+        return f". Did you mean --config.{name}?"
+    close = difflib.get_close_matches(name, [*known, *SHARED_FLAGS], 1)
+    return f". Did you mean --{close[0]}?" if close else "; see --help"
+
+
 def _takes_value(name: str, known: dict[str, Flag]) -> bool:
+    """Whether a flag without `=` takes the next word. Unknown settings do: their error comes later."""
+    if name.startswith("config."):
+        return config_lib.all_keys().get(name.removeprefix("config.")) is not bool
     return name in ("config", "workdir", "verbosity") or (
         name in known and not isinstance(known[name].default, bool)
     )
@@ -165,45 +200,62 @@ def _value(name: str, flag: Flag, text: str, given: bool) -> Any:
         raise UsageError(f"--{name} must be one of {', '.join(flag.choices)}, got '{text}'")
     kind = type(flag.default)
     try:
-        return kind(text)
+        value = kind(text)
     except ValueError:
         raise UsageError(f"--{name} must be {kind.__name__}, got '{text}'") from None
+    if kind is float and not math.isfinite(value):
+        raise UsageError(f"--{name} must be finite, got '{text}'")
+    return value
 
 
 def load(invocation: Invocation) -> Config:
     """Read the config file, apply the overrides and resolve. Raises: ConfigError."""
     settings = read_config(invocation.config_path)
-    kinds = config_lib.all_keys()
     for key, text in invocation.overrides.items():
-        if key not in kinds:
-            raise ConfigError(
-                f"no key '{key}'{config_lib.nearest_key(key)} ({Path(invocation.config_path).name})"
-            )
-        group: Any = settings
-        *path, last = key.split(".")
+        _override(settings, key, text, Path(invocation.config_path).name)
+    try:
+        return config_lib.resolve(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({Path(invocation.config_path).name})") from None
+
+
+def _override(settings: ConfigDict, key: str, text: str, source: str) -> None:
+    kinds = config_lib.all_keys()
+    if any(known.startswith(f"{key}.") for known in kinds):
+        raise ConfigError(f"'{key}' is a group of settings; see --help_config for those in it")
+    if key not in kinds:
+        raise ConfigError(f"no key '{key}'{config_lib.nearest_key(key)} ({source})")
+    value = _convert(key, kinds[key], text)
+    *path, last = key.split(".")
+    group: Any = settings
+    try:
         for part in path:
             group = group[part]
-        group[last] = _convert(key, kinds[key], text)
-    return config_lib.resolve(settings)
+        group[last] = value
+    except (KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{source} has no setting '{key}' of the usual type; start from nanochat_jax.config.defaults()"
+        ) from None
 
 
 def _convert(key: str, kind: Any, text: str) -> Any:
+    """The text of an override as the key's type. Raises: ConfigError."""
     if kind is str:
         return text
     if kind is bool:
-        if text not in ("true", "false"):
+        if text.lower() not in ("true", "false"):
             raise ConfigError(f"'{key}' must be true or false, got '{text}'")
-        return text == "true"
+        return text.lower() == "true"
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ConfigError(f"'{key}' must be {getattr(kind, '__name__', kind)}, got '{text}'") from None
-    if kind in (int, float):
-        return value
-    return value if isinstance(value, tuple) else (value,)
+    if kind not in (int, float) and not isinstance(value, (tuple, list)):
+        value = (value,)
+    return config_lib.typed(kind, value, key)
 
 
-def get_config(name: str, **overrides: Any) -> Config:
+def get_config(name: str, /, **overrides: Any) -> Config:
     """For notebooks: `get_config("tiny", **{"train.steps": 50})` -> Config."""
     return load(Invocation(name, {key: str(value) for key, value in overrides.items()}, {}, ()))
 
@@ -211,28 +263,59 @@ def get_config(name: str, **overrides: Any) -> Config:
 def read_config(reference: str) -> ConfigDict:
     """Settings of `path_or_name[:argument]`: a config file, a packaged name, or a run's config.json.
 
+    A config file may call it to start from another one: `config = cli.read_config("tiny")`.
     Raises: ConfigError listing the places looked at and the known names; or what the file did wrong.
     """
-    name, _, argument = reference.partition(":")
-    path = _find(name)
+    path, argument = _locate(reference)
     if path.suffix == ".json":
-        try:
-            return ConfigDict(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from None
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+        if argument:
+            raise ConfigError(f"{path.name} takes no argument, got '{argument}'")
+        return _read_json(path)
+    module = types.ModuleType(f"_config_{path.stem}")
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
-        return module.get_config(argument)
+        # Not imported: that would leave __pycache__ behind, and a file that changes within a second
+        # to another one of the same size (a sweep) would be read from there.
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        maker = getattr(module, "get_config", None)
+        if maker is None:
+            raise ConfigError(f"{path.name} has no function get_config(arg)")
+        settings = maker(argument) if inspect.signature(maker).parameters else maker()
     except ConfigError:
         raise
-    except (AttributeError, KeyError) as error:
-        missing = str(error).strip("\"'").split("'")[0].split("\n")[0]
-        raise ConfigError(f"{path.name}: {missing}{config_lib.nearest_key(missing)}") from None
     except Exception as error:
-        raise ConfigError(f"{path.name}: {type(error).__name__}: {error}") from None
+        raise ConfigError(_what_is_wrong(path, error)) from error
+    if not isinstance(settings, ConfigDict):
+        raise ConfigError(
+            f"{path.name}: get_config returned {type(settings).__name__}, expected a ConfigDict; "
+            "start from nanochat_jax.config.defaults() and return it"
+        )
+    return settings
+
+
+def _read_json(path: Path) -> ConfigDict:
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path} must hold an object of settings, got {type(given).__name__}")
+    return config_lib.from_json(given)
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    """One sentence for an exception that a config file raised, with its line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"{path.name}, line {error.lineno}: {error.msg}"
+    where = f"{path.name}, line {lines[-1]}" if lines else path.name
+    if isinstance(error, (KeyError, AttributeError)) and "ml_collections" in frames[-1].filename:
+        key = re.search(r"^\W*(?:Key\W+)?(\w+)", str(error))
+        if key:
+            return f"{where}: no key '{key[1]}'{config_lib.nearest_key(key[1])}"
+    sentence = (str(error).splitlines() or [""])[0]
+    return f"{where}: {type(error).__name__}: {sentence}"
 
 
 def _places() -> list[Path]:
@@ -240,16 +323,26 @@ def _places() -> list[Path]:
     return [Path("configs"), here / "configs", here.parent / "configs"]
 
 
-def _find(name: str) -> Path:
-    candidates = [Path(name)]
-    if not Path(name).is_absolute():
-        file = Path(name).name if Path(name).suffix else f"{Path(name).name}.py"
-        candidates += [place / file for place in _places()]
-    for path in candidates:
-        if path.is_file() and path.suffix in (".py", ".json"):
-            return path
-    looked = ", ".join(str(p.parent) for p in candidates)
-    raise ConfigError(f"no config '{name}' (looked in {looked}){config_lib.nearest(name, _configs())}")
+def _locate(reference: str) -> tuple[Path, str]:
+    """The file of `path_or_name[:argument]`, and the argument. Raises: ConfigError."""
+    name, argument = reference, ""
+    if not Path(reference).expanduser().is_file():
+        name, _, argument = reference.partition(":")
+    path = Path(name).expanduser()
+    candidates = [path if path.suffix in (".py", ".json") else Path(f"{path}.py")]
+    if name and not path.is_absolute():
+        inner = candidates[0].relative_to("configs") if path.parts[0] == "configs" else candidates[0]
+        candidates += [place / inner for place in _places()]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate, argument
+    known = _configs()
+    close = difflib.get_close_matches(path.stem, known, 1, 0.5)
+    looked = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))
+    raise ConfigError(
+        f"no config '{name}' (looked for {looked}); known: {', '.join(known)}"
+        + (f". Did you mean '{close[0]}'?" if close else "")
+    )
 
 
 def _configs() -> dict[str, str]:
@@ -257,44 +350,29 @@ def _configs() -> dict[str, str]:
     found: dict[str, str] = {}
     for place in reversed(_places()):
         for path in sorted(place.glob("*.py")):
-            doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-            found[path.stem] = doc.splitlines()[0] if doc else ""
+            found[path.stem] = _first_line(path)
     return found
+
+
+def _first_line(path: Path) -> str:
+    """First line of a Python file's docstring; the file is parsed, not imported."""
+    try:
+        doc = ast.get_docstring(ast.parse(path.read_bytes()))
+    except (OSError, SyntaxError, ValueError):
+        return "(cannot be read as Python)"
+    return doc.splitlines()[0] if doc else ""
 
 
 def _help(room: str, flags: dict[str, Flag]) -> str:
     lines = [f"usage: python -m nanochat_jax.{room} --config=<config> [--config.group.key=value ...]", ""]
     lines += [f"  --{name:<14} {text}" for name, text in SHARED_FLAGS.items()]
     for name, flag in flags.items():
+        choices = f" ({', '.join(flag.choices)})" * bool(flag.choices)
         shown = f" (default {flag.default})" if flag.default not in ("", False) else ""
-        lines.append(f"  --{name:<14} {flag.help}{shown}")
-    lines += ["", "configs:"] + [f"  {name:<16} {text}" for name, text in _configs().items()]
+        lines.append(f"  --{name:<14} {flag.help}{choices}{shown}")
+    lines += ["", "configs (looked for in ./configs, then in the package):"]
+    lines += [f"  {name:<16} {text}" for name, text in _configs().items()]
     return "\n".join(lines)
-
-
-def _help_config() -> str:
-    """Every key with its type, default and comment, read from the source of config.py."""
-    lines = Path(config_lib.__file__ or "").read_text().splitlines()
-    comments: dict[tuple[str, str], str] = {}
-    owner = ""
-    for line in lines:
-        if line.startswith("class "):
-            owner = line[6:].split("(")[0].rstrip(":")
-        elif owner and ":" in line and "#" in line:
-            comments[owner, line.split(":")[0].strip()] = line.split("#", 1)[1].strip()
-    out = []
-
-    def walk(node: Any, prefix: str) -> None:
-        for item in dataclasses.fields(node):
-            value = getattr(node, item.name)
-            if dataclasses.is_dataclass(value):
-                walk(value, f"{prefix}{item.name}.")
-            else:
-                text = comments.get((type(node).__name__, item.name), "")
-                out.append(f"--config.{prefix}{item.name}={value!r}  {text}")
-
-    walk(Config(), "")
-    return "\n".join(out)
 
 
 def cache_home() -> Path:
@@ -306,7 +384,21 @@ def cache_home() -> Path:
 
 def workdir(cfg: Config, invocation: Invocation) -> Path:
     """The run's directory: the flag, else the config's, else runs/<name>."""
-    return Path(invocation.workdir or cfg.workdir or f"runs/{cfg.name}")
+    return Path(invocation.workdir or cfg.workdir or f"runs/{cfg.name}").expanduser()
+
+
+def record(room: str, invocation: Invocation) -> dict[str, Any]:
+    """What was asked for, for the manifest: command, config file and its hash, overrides, environment."""
+    digest = None
+    if invocation.config_path:
+        digest = hashlib.sha256(_locate(invocation.config_path)[0].read_bytes()).hexdigest()
+    return {
+        "command": ["python", "-m", f"nanochat_jax.{room}", *invocation.argv],
+        "config_file": invocation.config_path,
+        "config_file_sha256": digest,
+        "overrides": invocation.overrides,
+        "environment": relevant_environment(),
+    }
 
 
 def relevant_environment() -> dict[str, str]:
@@ -324,8 +416,7 @@ def setup_runtime(cfg: Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     devices = cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor
     flag = "xla_force_host_platform_device_count"
-    on_cpu = os.environ.get("JAX_PLATFORMS", "") == "cpu"
-    if devices > 1 and on_cpu and flag not in os.environ.get("XLA_FLAGS", ""):
+    if devices > 1 and _only_cpu() and flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={devices}".strip()
         log.info("pretending that the CPU is %d devices, for the mesh", devices)
     _keep_freed_memory()
@@ -333,20 +424,29 @@ def setup_runtime(cfg: Config) -> None:
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _only_cpu() -> bool:
+    """Whether jax will find nothing but the CPU, judged without starting it."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
+    return not any(importlib.util.find_spec(name) for name in plugins)
 
 
 def _keep_freed_memory() -> None:
     """Ask glibc to keep freed memory: XLA's CPU backend allocates its buffers anew every step, and
     getting zeroed pages from the kernel each time costs about a tenth of a small model's step."""
-    try:
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return  # the user has chosen
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
         libc = ctypes.CDLL("libc.so.6")
         arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
         libc.mallopt(arena_max, 1)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # not glibc: nothing to do
 
 
 class Interrupt:
@@ -366,7 +466,9 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nfinishing the step, then saving; again to stop at once", file=sys.stderr, flush=True)
+        # Not print: a handler may interrupt a print, whose buffer must not be entered twice.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nfinishing the step, then saving; again to stop at once\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -375,15 +477,22 @@ class Interrupt:
 
 def main() -> None:
     """Console script: `nanochat-jax <room> [flags]`."""
-    rooms = ", ".join(ROOMS)
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word == "--version":
         print(__version__)
+    elif word in ("-h", "--help"):
+        print(_rooms())
     elif word in ROOMS:
         sys.argv = [f"nanochat-jax {word}", *sys.argv[2:]]
         runpy.run_module(f"nanochat_jax.{word}", run_name="__main__", alter_sys=False)
     else:
-        print(f"usage: nanochat-jax <room> [flags]; rooms: {rooms}", file=sys.stderr)
-        if word not in ("", "-h", "--help"):
-            print(f"no room '{word}'{config_lib.nearest(word, ROOMS)}", file=sys.stderr)
-            sys.exit(2)
+        wrong = f"usage error: no room '{word}'{config_lib.nearest(word, ROOMS)}"
+        print(wrong if word else _rooms(), file=sys.stderr)
+        sys.exit(2)
+
+
+def _rooms() -> str:
+    lines = ["usage: nanochat-jax <room> [flags]", ""]
+    package = Path(__file__).parent
+    lines += [f"  {room:<12} {_first_line(package / room / '__main__.py')}" for room in ROOMS]
+    return "\n".join([*lines, "", "nanochat-jax <room> --help lists a room's flags; --version"])

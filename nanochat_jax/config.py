@@ -15,6 +15,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -234,12 +235,28 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 def defaults() -> ConfigDict:
     """All settings with their default values, as a locked ConfigDict for a config file."""
-    return _to_dict(Config())
+    return _to_dict(Config()).lock()
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict of a resolved config (JSON-able; tuples stay tuples)."""
     return dataclasses.asdict(config)
+
+
+def from_json(given: dict[str, Any]) -> ConfigDict:
+    """Settings of a config.json, in which a setting that is absent has its default.
+
+    Unknown keys stay, for `resolve` to name. The result is not type-safe, because a JSON 1 may stand
+    for a float that an override then makes 0.5; `resolve` checks the types.
+    """
+
+    def merged(base: Any, over: Any) -> Any:
+        if isinstance(over, dict):
+            base = base if isinstance(base, dict) else {}
+            return base | {key: merged(base.get(key), value) for key, value in over.items()}
+        return tuple(merged(None, item) for item in over) if isinstance(over, list) else over
+
+    return ConfigDict(merged(to_dict(Config()), given), type_safe=False)
 
 
 def resolve(settings: ConfigDict | dict[str, Any]) -> Config:
@@ -265,6 +282,31 @@ def all_keys(prefix: str = "", of: type = Config) -> dict[str, type]:
     return keys
 
 
+def describe() -> str:
+    """One line for every key: how to set it, its type, default and comment in this file."""
+    comments: dict[tuple[str, str], str] = {}
+    owner = ""
+    for line in Path(__file__).read_text(encoding="utf-8").splitlines():
+        if line.startswith("class "):
+            owner = line[6:].split("(")[0].rstrip(":")
+        elif owner and ":" in line and "#" in line:
+            comments[owner, line.split(":")[0].strip()] = line.split("#", 1)[1].strip()
+    lines, kinds = [], all_keys()
+
+    def walk(node: Any, prefix: str) -> None:
+        for item in dataclasses.fields(node):
+            value, key = getattr(node, item.name), prefix + item.name
+            if dataclasses.is_dataclass(value):
+                walk(value, f"{key}.")
+            else:
+                kind = str(kinds[key]) if typing.get_args(kinds[key]) else kinds[key].__name__
+                comment = comments.get((type(node).__name__, item.name), "")
+                lines.append(f"--config.{key}={value!r}  ({kind}) {comment}".rstrip())
+
+    walk(Config(), "")
+    return "\n".join(lines)
+
+
 def nearest_key(key: str) -> str:
     """Suggest a full dotted key for a mistyped one, comparing whole keys and last parts."""
     keys = list(all_keys())
@@ -288,8 +330,8 @@ def parse_arg(arg: str, **allowed: Any) -> types.SimpleNamespace:
             raise ConfigError(f"config argument '{part}': expected key=value{nearest(key, allowed)}")
         kind = type(allowed[key])
         try:
-            values[key] = kind(text)
-        except ValueError:
+            values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
             raise ConfigError(f"config argument '{key}': expected {kind.__name__}, got '{text}'") from None
     return types.SimpleNamespace(**values)
 
@@ -323,12 +365,12 @@ def _build(cls: type, values: Any, path: str) -> Any:
         if dataclasses.is_dataclass(kind):
             built[key] = _build(typing.cast(type, kind), value, f"{path}{key}.")
         else:
-            built[key] = _typed(kind, value, path + key)
+            built[key] = typed(kind, value, path + key)
     return dataclasses.replace(cls(), **built)
 
 
-def _typed(kind: Any, value: Any, path: str) -> Any:
-    """The value as `kind`, or an error. int is accepted for float; lists become tuples."""
+def typed(kind: Any, value: Any, path: str) -> Any:
+    """The value as `kind`: int is accepted for float, lists become tuples. Raises: ConfigError."""
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"'{path}' must be a tuple, got {value!r}")
@@ -336,7 +378,7 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
         inner = [items[0]] * len(value) if items[-1] is Ellipsis else list(items)
         if len(inner) != len(value):
             raise ConfigError(f"'{path}' must have {len(inner)} entries, got {value!r}")
-        return tuple(_typed(k, v, path) for k, v in zip(inner, value, strict=True))
+        return tuple(typed(k, v, path) for k, v in zip(inner, value, strict=True))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

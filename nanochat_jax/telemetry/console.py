@@ -1,5 +1,8 @@
 """Progress for people: a live bar on a terminal, one greppable line per interval always."""
 
+import contextlib
+import math
+import shutil
 import sys
 from typing import TextIO
 
@@ -20,53 +23,65 @@ FIELDS = (
 def si(number: float) -> str:
     """1234 -> 1.2k."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
+        if abs(number) >= 0.99995 * limit:  # else 999960 would read 1000.0k
             return f"{number / limit:.1f}{unit}"
     return f"{number:.0f}"
 
 
 def duration(seconds: float) -> str:
-    """62 -> 1m02s."""
+    """62 -> 1m02s; "?" if unknown."""
+    if not math.isfinite(seconds):
+        return "?"
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 def log_line(step: int, total: int, metrics: dict[str, float]) -> str:
-    """`step 120/400 (30.0%) | loss 3.8123 | lr 1.2e-02 | ...`, in a fixed order."""
-    parts = [f"step {step}/{total} ({100 * step / total:.1f}%)"]
+    """`step 120/400 (30.0%) | loss 3.8123 | lr 1.20e-02 | ...`, in a fixed order."""
+    parts = [f"step {step}/{total} ({100 * step / max(total, 1):.1f}%)"]
     parts += [f"{label} {show(metrics[name])}".strip() for name, label, show in FIELDS if name in metrics]
     return " | ".join(parts)
 
 
 class Progress:
-    """Writes log lines, and between them a bar if the stream is a terminal."""
+    """Writes log lines, and between them a bar if the stream is a terminal.
+
+    A stream that cannot be written to any more (its reader has gone) loses the text, not the run.
+    """
 
     def __init__(self, total: int, stream: TextIO | None = None):
         self.total, self.stream = total, stream or sys.stderr
         self._live = self.stream.isatty()
+        self._shown = 0  # characters of the bar on the screen
 
     def line(self, step: int, metrics: dict[str, float]) -> None:
         """Print the line of an interval."""
         self.print(log_line(step, self.total, metrics))
 
     def print(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._clear()
-        print(text, file=self.stream, flush=True)
+        """Print a line in the bar's place; the bar comes back below it."""
+        self._put(self._blank() + text + "\n")
 
     def bar(self, step: int, eta_seconds: float | None) -> None:
         """Redraw the bar; nothing happens when the stream is not a terminal."""
         if not self._live:
             return
-        width = 30
-        filled = round(width * step / self.total)
         eta = "" if eta_seconds is None else f" eta {duration(eta_seconds)}"
-        print(
-            f"\r[{'#' * filled}{'.' * (width - filled)}] {step}/{self.total}{eta} ", end="", file=self.stream
-        )
-        self.stream.flush()
+        label = f" {step}/{self.total}{eta}"
+        columns = shutil.get_terminal_size().columns
+        width = max(0, min(30, columns - len(label) - 3))  # a bar that wraps could not be redrawn
+        filled = round(width * min(step / max(self.total, 1), 1.0))
+        text = f"[{'#' * filled}{'.' * (width - filled)}]{label}"[: columns - 1]
+        self._put(self._blank() + text)
+        self._shown = len(text)
 
-    def _clear(self) -> None:
-        if self._live:
-            print("\r" + " " * 70 + "\r", end="", file=self.stream)
+    def _blank(self) -> str:
+        """What wipes the bar from the screen."""
+        shown, self._shown = self._shown, 0
+        return f"\r{' ' * shown}\r" if shown else ""
+
+    def _put(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            self.stream.write(text)
+            self.stream.flush()

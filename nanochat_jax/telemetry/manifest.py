@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -28,6 +29,8 @@ FREE = (
     "workdir", "train.steps", "opt.schedule", "data.workers", "data.prefetch", "mesh", "ckpt", "eval", "log",
     "infer", "train.loss_chunk", "model.remat", "model.unroll", "opt.skip_nonfinite", "name",
 )  # fmt: skip
+# Where a run started from is part of what it is; a continued run would ignore another value.
+FIXED = ("ckpt.init_from",)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -41,28 +44,40 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def may_change(key: str) -> bool:
+    """Whether a continued run may have another value of this setting than the run so far."""
+    return key not in FIXED and any(key == free or key.startswith(free + ".") for free in FREE)
+
+
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Differences that make a continued run another run, as "key: old -> new"."""
-    before, after = flat(old), flat(new)
-    keys = [k for k in after if before.get(k) != after[k]]
-    fixed = [k for k in keys if not any(k == free or k.startswith(free + ".") for free in FREE)]
-    return [f"{k}: {before.get(k)!r} -> {after[k]!r}" for k in fixed]
+    """Differences that make a continued run another run, as "key: old -> new".
+
+    Args: nested settings, as `config.to_dict` or config.json have them. A setting that one side
+    lacks, because an older version did not know it, counts as its default there.
+    """
+    default = flat(to_dict(Config()))
+    before, after = default | flat(old), default | flat(new)
+    keys = [k for k in before | after if before.get(k) != after.get(k) and not may_change(k)]
+    return [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys]
 
 
 def write(workdir: Path, cfg: Config, facts: dict[str, Any]) -> None:
     """Write manifest.json and config.json (which --config=<workdir>/config.json reads back).
 
-    Args: facts: devices, data, command line and overrides. A resumed run keeps the earlier starts.
+    Args: facts: devices, data, command line and overrides. `starts` lists every start of the run,
+    the earlier ones included: its time (UTC) and what may differ from one to the next.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "manifest.json"
     starts = []
     if path.exists():
         try:
-            starts = json.loads(path.read_text())["starts"]
-        except (ValueError, KeyError):
-            starts = []  # damaged by a crash of an older version: the new record replaces it
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            starts = list(json.loads(path.read_text())["starts"])
+        except (ValueError, KeyError, TypeError):
+            starts = []  # damaged: the new record replaces it
+    git = _git()
+    start = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "git": git}
+    start |= {name: facts[name] for name in ("command", "overrides", "devices") if name in facts}
     config = to_dict(cfg)
     record = {
         "config": config,
@@ -71,9 +86,9 @@ def write(workdir: Path, cfg: Config, facts: dict[str, Any]) -> None:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
-        "git": _git(),
+        "git": git,
         **facts,
-        "starts": [*starts, now],
+        "starts": [*starts, start],
     }
     _replace(path, record)
     _replace(workdir / "config.json", config)
@@ -85,8 +100,12 @@ def write_result(workdir: Path, facts: dict[str, Any]) -> None:
 
 
 def _replace(target: Path, content: dict[str, Any]) -> None:
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    """Write the file so that a crash leaves either the old one or the new one, whole."""
+    partial = target.with_name(target.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(target)
 
 

@@ -4,13 +4,17 @@ A writer that fails (full disk, unwritable directory) is switched off with one w
 plot must not lose a run.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
+import socket
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from nanochat_jax.config import LogConfig
 
@@ -22,22 +26,21 @@ class Writer(Protocol):
 
     def write(self, step: int, metrics: dict[str, float]) -> None: ...
     def text(self, step: int, tag: str, value: str) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonLines:
     """One JSON object per line: step, time (UTC seconds), metrics; NaN and infinity become null.
 
-    Lines of steps after `resume_step` (of a run that was killed after its last checkpoint) are
-    dropped at opening, so that curves do not double back.
+    Args: path: the file. resume_step: last step of the restored state; lines of later steps (of a
+    run that was killed after its last checkpoint) are dropped, so that curves do not double back.
+    0 starts an empty file.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        truncate_after(path, resume_step if resume_step else -1)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -54,7 +57,11 @@ class JsonLines:
         self._append({"step": step, "time": round(time.time(), 3), tag: value})
 
     def _append(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Nothing waits: every line is written at once."""
         self._file.flush()
 
     def close(self) -> None:
@@ -62,50 +69,88 @@ class JsonLines:
         self._file.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines of the file; a last line cut by a crash is dropped."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def truncate_after(path: Path, step: int) -> None:
+    """Replace a file of JSON lines, atomically, by its lines up to and including `step`.
+
+    Lines that are no JSON object with a step (the last one, cut by a crash) are dropped too.
+    """
+    old = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kept = [line for line in old.split("\n")[:-1] if _step_of(line) <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a JSON line; infinity for a damaged one, which no limit admits."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class TensorBoard:
-    """Event files for TensorBoard, without TensorFlow."""
+    """Event files for TensorBoard, without TensorFlow.
+
+    Writes records in the caller's thread: tensorboardX's SummaryWriter hands them to a thread over
+    a queue of ten, and when that thread dies of a full disk the next write waits for ever. It also
+    names files by the second, so that a quick restart would overwrite its predecessor.
+
+    Args: directory: of the event files. resume_step: last step of the restored state; points after
+    it are hidden. 0 hides nothing.
+    """
 
     def __init__(self, directory: Path, resume_step: int = 0):
-        from tensorboardX import SummaryWriter
-
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # tensorboardX's own imports
+            from tensorboardX import summary
+            from tensorboardX.proto import event_pb2
+            from tensorboardX.record_writer import RecordWriter
+        self._summary, self._proto = summary, event_pb2
         directory.mkdir(parents=True, exist_ok=True)
-        # purge_step hides points of a killed run that lie after the restored step.
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+        now = time.time_ns()
+        unique = f"{now // 10**9}.{socket.gethostname()}.{now}.{os.getpid()}"
+        self._records = RecordWriter(str(directory / f"events.out.tfevents.{unique}"))
         self._open = True
+        self._event(0, file_version="brain.Event:2")
+        if resume_step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._event(resume_step + 1, session_log=start)
+        self.flush()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add one scalar per finite metric. Raises: ValueError after close (tensorboardX would
-        silently start another file)."""
-        self._check()
+        """Add one scalar per finite metric. Raises: ValueError after close."""
         for name, value in metrics.items():
             if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+                self._event(step, summary=self._summary.scalar(name, value))
+        self.flush()
 
     def text(self, step: int, tag: str, value: str) -> None:
-        """Add a text, shown verbatim."""
-        self._check()
-        self._writer.add_text(tag, "    " + value.replace("\n", "\n    "), step)  # a Markdown code block
+        """Add a text, shown verbatim. Raises: ValueError after close."""
+        verbatim = "    " + value.replace("\n", "\n    ")  # a Markdown code block
+        self._event(step, summary=self._summary.text(tag, verbatim))
+        self.flush()
 
-    def _check(self) -> None:
+    def _event(self, step: int, **content: Any) -> None:
         if not self._open:
             raise ValueError("this TensorBoard writer is closed")
+        event = self._proto.Event(wall_time=time.time(), step=step, **content)
+        self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        if self._open:
+            self._records.flush()
 
     def close(self) -> None:
         """Write everything out; closing twice is harmless."""
         if self._open:
             self._open = False
-            self._writer.close()
+            self._records.close()
 
 
 class Multi:
-    """Several writers as one; one that raises is dropped with a warning."""
+    """Several writers as one; one that raises OSError is closed and dropped with a warning."""
 
     def __init__(self, writers: list[Writer]):
         self._writers = list(writers)
@@ -118,30 +163,37 @@ class Multi:
         """Write to all."""
         self._each(lambda writer: writer.text(step, tag, value))
 
+    def flush(self) -> None:
+        """Flush all."""
+        self._each(lambda writer: writer.flush())
+
     def close(self) -> None:
         """Close all."""
         self._each(lambda writer: writer.close())
 
-    def _each(self, call) -> None:
+    def _each(self, call: Callable[[Writer], None]) -> None:
         for writer in list(self._writers):
             try:
                 call(writer)
             except OSError as error:
                 self._writers.remove(writer)
                 log.warning("%s is switched off for this run: %s", type(writer).__name__, error)
+                with contextlib.suppress(OSError):  # closing writes what is left, which fails again
+                    writer.close()
 
 
 def open_writers(cfg: LogConfig, workdir: Path, resume_step: int = 0) -> Multi:
-    """The writers of a run: metrics.jsonl, and tb/ if log.tensorboard."""
-    makers = [lambda: JsonLines(workdir / "metrics.jsonl", resume_step)]
+    """The writers of a run: metrics.jsonl, and tb/ if log.tensorboard.
+
+    Args: resume_step: last step of the restored state; 0 for a new run.
+    """
+    makers: list[Callable[[], Writer]] = [lambda: JsonLines(workdir / "metrics.jsonl", resume_step)]
     if cfg.tensorboard:
         makers.append(lambda: TensorBoard(workdir / "tb", resume_step))
     writers: list[Writer] = []
     for make in makers:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # tensorboardX's own imports
-                writers.append(make())
+            writers.append(make())
         except OSError as error:
             log.warning("metrics: %s", error)
     return Multi(writers)
