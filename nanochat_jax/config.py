@@ -73,7 +73,7 @@ class ModelConfig:
 class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
-    source: str = "stdlib"  # stdlib | rust | hf:<dataset> | tokens:<file> | a path or glob
+    source: str = "stdlib"  # stdlib | rust | hf:<dataset>[:[config:]split] | tokens:<file> | a path or glob
     tokenizer: str = "bpe"  # bpe (trained on the source) | bytes | path of a tokenizer.json
     seq_len: int = 256  # tokens per row
     batch: int = 8  # rows per optimizer step, over all devices
@@ -156,7 +156,7 @@ class CkptConfig:
     keep_last: int = 3
     keep_every_steps: int = 0  # additionally keep every checkpoint whose step is a multiple
     init_from: str = ""  # another run's workdir: start from its parameters
-    verify: str = "size"  # size | sha256: how files are compared with the manifest on restore
+    verify: str = "size"  # size (and hashes of files up to 1 MiB) | sha256: how restored files are checked
     min_free_gb: float = 1.0  # refuse to start a save that would leave less free disk
 
 

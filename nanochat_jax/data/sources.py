@@ -147,7 +147,7 @@ def discover(source: str) -> str:
     Raises: DataError if nothing matches.
     """
     if source.startswith("hf:"):
-        dataset, _ = _dataset_split(source)
+        dataset = _dataset(source)[0]
         if not Path(dataset).exists():
             return hashlib.sha256(source.encode()).hexdigest()
         source = dataset
@@ -283,18 +283,23 @@ def _parquet(path: Path, key: str) -> Iterator[Any]:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from None
 
 
-def _dataset_split(source: str) -> tuple[str, str]:
-    """("name", "train") of "hf:name", ("name", "test") of "hf:name:test"."""
-    dataset, _, split = source.removeprefix("hf:").partition(":")
-    return dataset, split or "train"
+def _dataset(source: str) -> tuple[str, str | None, str]:
+    """(name, configuration, split) of "hf:name", "hf:name:split" or "hf:name:configuration:split"."""
+    name, *rest = source.removeprefix("hf:").split(":")
+    if not name or len(rest) > 2:
+        raise DataError(
+            f"data.source '{source}': expected hf:<name>, hf:<name>:<split> or hf:<name>:<config>:<split>"
+        )
+    return name, (rest[0] or None) if len(rest) == 2 else None, (rest[-1] if rest else "") or "train"
 
 
 def _hub(source: str, key: str) -> _Raw:
     """Rows of `datasets.load_dataset`, streamed; a local directory of files works too."""
     datasets = need("datasets", "data")
-    name, split = _dataset_split(source)
+    name, configuration, split = _dataset(source)
     try:
-        for index, row in enumerate(datasets.load_dataset(name, split=split, streaming=True)):
+        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
+        for index, row in enumerate(rows):
             for raw in _row(_field(row, key, f"{source} row {index}")):
                 yield f"{name}:{index}", raw
     except DataError:

@@ -16,21 +16,14 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     if call.verify_resume:
         from nanochat_jax.train import verify
 
-        skipped = ("--verify_resume", "--workdir", "--resume")
-        argv = tuple(word for word in call.argv if not word.startswith(skipped))
-        return verify.verify_resume(argv, cfg.train.steps)
+        return verify.verify_resume(call.argv, cfg.train.steps)
 
     from nanochat_jax.train import program
 
     if call.dry_run:
         print(program.dry_run(cfg))
         return 0
-    facts = {
-        "command": ["python", "-m", "nanochat_jax.train", *call.argv],
-        "config_file": call.config_path,
-        "overrides": call.overrides,
-        "environment": cli.relevant_environment(),
-    }
+    facts = cli.record("train", call)
     home = cli.workdir(cfg, call)
     with cli.Interrupt() as interrupt:
         return program.train(cfg, home, cli.cache_home(), facts, call.resume, lambda: interrupt.requested)

@@ -1,4 +1,4 @@
-"""Hooks of the loop: log, evaluate, sample, save, stop. They observe; they return nothing."""
+"""Hooks of the loop: log, watch, evaluate, sample, save, stop. They observe; they return nothing."""
 
 import resource
 import sys
@@ -14,6 +14,7 @@ from nanochat_jax.model import flops
 from nanochat_jax.optim.build import Schedules
 from nanochat_jax.quant import project as projections
 from nanochat_jax.quant import ternary
+from nanochat_jax.telemetry import anomaly
 from nanochat_jax.telemetry.console import Progress
 from nanochat_jax.telemetry.writers import Multi
 from nanochat_jax.train.loop import Hook, StopTraining
@@ -30,9 +31,13 @@ def memory_gib() -> float:
 
 
 def aside(hook: Hook, paused: list[float]) -> Hook:
-    """Note the seconds that a hook takes in `paused`, so that they do not count as training."""
+    """Note the seconds that a hook takes in `paused`, so that they do not count as training.
+
+    The step that is still running when the hook is called does count: it is waited for first.
+    """
 
     def run(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        jax.block_until_ready(state)
         start = time.perf_counter()
         hook(done, state, metrics)
         paused.append(time.perf_counter() - start)
@@ -49,7 +54,7 @@ def log_metrics(
     """
     clock = time.perf_counter
     sums: dict[str, float] = {}
-    count, began = 0, clock()
+    count, began, compiled = 0, clock(), False
     tokens_per_step = cfg.data.batch * cfg.data.seq_len
     work = flops.train_flops_per_token(cfg.model, cfg.data.seq_len)
     kinds = [device.device_kind for device in jax.devices()]
@@ -61,11 +66,13 @@ def log_metrics(
     before: dict = {}
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
-        nonlocal count, began
+        nonlocal count, began, compiled
         if not metrics:
             began = clock()  # the first step has just been compiled: its time is no speed
             return
         step = int(metrics["step"])
+        if not compiled:  # nor is it a time of its own
+            metrics, compiled = metrics | {"perf/step_ms": 0.0}, True
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
         count += 1
@@ -73,7 +80,9 @@ def log_metrics(
             progress.bar(step, None)
             return
         now = clock()
-        seconds = max(now - began - sum(paused), 1e-9)
+        # The clock of the interval, but at least what its steps took: when the interval is a single
+        # step, that step may have been computed before the clock of the interval began.
+        seconds = max(now - began - sum(paused), 1e-3 * sums["perf/step_ms"], 1e-9)
         paused.clear()
         mean = {name: total / count for name, total in sums.items() if name != "step"}
         speed = tokens_per_step * count / seconds
@@ -136,17 +145,38 @@ def sample(text: Callable[[TrainState], str], writers: Multi, progress: Progress
     return hook
 
 
-def save(checkpoints: Checkpointer, misc: Callable[[int], dict], progress: Progress) -> Hook:
+def watch(writers: Multi, progress: Progress) -> Hook:
+    """Report what `telemetry.anomaly` notices in the metrics of a step. Training goes on: non-finite
+    steps are skipped anyway, and what a spike means is for a person to say."""
+    states: dict[str, anomaly.State] = {}
+
+    def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        nonlocal states
+        if not metrics:
+            return
+        states, events = anomaly.check(states, metrics)
+        for event in events:
+            writers.text(int(metrics["step"]), "anomaly", str(event))
+            progress.print(f"anomaly {int(metrics['step'])} | {event}")
+
+    return hook
+
+
+def save(
+    checkpoints: Checkpointer, misc: Callable[[int], dict], progress: Progress, paused: list[float]
+) -> Hook:
     """Save when it is due. A save that cannot be made is reported; training goes on, because the
-    previous checkpoint is intact and space may come back."""
+    previous checkpoint is intact and space may come back. `paused` is as in `aside`."""
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
         try:
             checkpoints.check()
             if not done or not checkpoints.due(done):
                 return
+            jax.block_until_ready(state)
             start = time.perf_counter()
             checkpoints.save(done, state, misc(done))
+            paused.append(time.perf_counter() - start)
             progress.print(f"save {done} | blocked for {1e3 * (time.perf_counter() - start):.0f} ms")
         except CheckpointError as error:
             progress.print(f"warning: {error}")

@@ -37,7 +37,7 @@ def run(
     get the new one and must not keep it.
     Returns: (state, "" or the reason of the stop).
     """
-    pending: tuple[int, Metrics, float] | None = None
+    pending: tuple[int, Metrics, dict[str, float]] | None = None
     done = int(state.step)
     try:
         while done < total_steps:
@@ -47,7 +47,9 @@ def run(
             state, metrics = step_fn(state, batch)
             done += 1
             arrived = _fetch(pending)
-            pending = (done, metrics, waited)
+            # Without the hooks: dispatching this step and waiting for the one before.
+            took = time.perf_counter() - start
+            pending = (done, metrics, {"data/wait_ms": 1e3 * waited, "perf/step_ms": 1e3 * took})
             for hook in hooks:
                 hook(done, state, arrived)
         arrived = _fetch(pending)
@@ -58,10 +60,10 @@ def run(
     return state, ""
 
 
-def _fetch(pending: tuple[int, Metrics, float] | None) -> dict[str, float]:
+def _fetch(pending: tuple[int, Metrics, dict[str, float]] | None) -> dict[str, float]:
     """One transfer for all metrics of a step; {} before the first."""
     if pending is None:
         return {}
-    step, metrics, waited = pending
+    step, metrics, times = pending
     floats = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    return floats | {"step": float(step), "data/wait_ms": 1e3 * waited}
+    return floats | times | {"step": float(step)}

@@ -179,13 +179,14 @@ def train(
         evaluate = hooks.evaluate(_scorer(cfg, parts, corpus), writers, progress, scores)
         sample = hooks.sample(_sampler(cfg, corpus), writers, progress)
         paused: list[float] = []
-        scored = [loop.every(cfg.eval.every_steps, evaluate)]
+        scored = [loop.every(cfg.eval.every_steps, hooks.aside(evaluate, paused))]
         if cfg.eval.sample_tokens:
-            scored.append(loop.every(cfg.eval.every_steps, sample))
+            scored.append(loop.every(cfg.eval.every_steps, hooks.aside(sample, paused)))
         wanted = [
             hooks.log_metrics(cfg, parts.schedules, writers, progress, paused),
-            *(hooks.aside(hook, paused) for hook in scored),
-            hooks.aside(hooks.save(checkpoints, misc, progress), paused),
+            hooks.watch(writers, progress),
+            *scored,
+            hooks.save(checkpoints, misc, progress, paused),
             hooks.stop_when(interrupted, cfg.opt.skip_nonfinite),
         ]
         if first < cfg.train.steps:

@@ -22,8 +22,9 @@ EXIT_MISMATCH = 4
 def verify_resume(argv: tuple[str, ...], steps: int) -> int:
     """Run the check. Returns the exit status: 0 identical, 4 different, 1 a child failed.
 
-    Args: argv: the command line of the run, without --verify_resume and --workdir. steps: even.
+    Args: argv: the command line of the run; its --workdir and --resume are not used. steps: even.
     """
+    argv = _without(argv, {"--verify_resume": False, "--workdir": True, "--resume": True})
     root = Path(tempfile.mkdtemp(prefix="verify_resume."))
     half = steps // 2
     every = ("--config.ckpt.every_steps=1", "--config.eval.sample_tokens=0", "--config.eval.every_steps=0")
@@ -41,6 +42,18 @@ def verify_resume(argv: tuple[str, ...], steps: int) -> int:
         same = "identical" if first[name] == second[name] else "DIFFERENT"
         print(f"{name:<14} {same}  {first[name]}" + ("" if same == "identical" else f" / {second[name]}"))
     return 0 if first == second else EXIT_MISMATCH
+
+
+def _without(argv: tuple[str, ...], flags: dict[str, bool]) -> tuple[str, ...]:
+    """The words without these flags, whose values may stand behind '=' or, if True, in the next word."""
+    kept, words = [], iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name not in flags:
+            kept.append(word)
+        elif flags[name] and not equals:
+            next(words, None)
+    return tuple(kept)
 
 
 def _identity(home: Path) -> dict[str, str]:

@@ -200,13 +200,19 @@ class FakeHub:
     def __init__(self, rows):
         self.rows, self.asked = rows, None
 
-    def load_dataset(self, name, split, streaming):
-        self.asked = (name, split, streaming)
+    def load_dataset(self, name, configuration, split, streaming):
+        self.asked = (name, configuration, split, streaming)
         yield from self.rows
 
 
 @pytest.mark.parametrize(
-    ("source", "asked"), [("hf:a/b", ("a/b", "train", True)), ("hf:a/b:valid", ("a/b", "valid", True))]
+    ("source", "asked"),
+    [
+        ("hf:a/b", ("a/b", None, "train", True)),
+        ("hf:a/b:valid", ("a/b", None, "valid", True)),
+        ("hf:a/b:rust:valid", ("a/b", "rust", "valid", True)),
+        ("hf:a/b:rust:", ("a/b", "rust", "train", True)),
+    ],
 )
 def test_dataset_names_and_splits(monkeypatch, source, asked):
     hub = FakeHub([{"text": t} for t in TEXTS])
@@ -214,9 +220,15 @@ def test_dataset_names_and_splits(monkeypatch, source, asked):
     assert texts(source) == TEXTS and hub.asked == asked
 
 
+@pytest.mark.parametrize("source", ["hf:", "hf::train", "hf:a/b:c:d:e"])
+def test_malformed_dataset_names_are_refused(source):
+    with pytest.raises(DataError, match=r"expected hf:<name>, hf:<name>:<split> or"):
+        sources.discover(source)
+
+
 def test_dataset_failures_name_the_source(monkeypatch):
     class Broken(FakeHub):
-        def load_dataset(self, name, split, streaming):
+        def load_dataset(self, name, configuration, split, streaming):
             raise ConnectionError("cannot reach the hub\nmany more lines")
 
     monkeypatch.setitem(sys.modules, "datasets", Broken([]))

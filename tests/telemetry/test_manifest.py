@@ -114,3 +114,18 @@ def test_the_commit_is_recorded_if_there_is_one(tmp_path, monkeypatch):
     (tmp_path / "new").touch()
     found = manifest._git()
     assert found and found["dirty"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("kind", "cosine"), ("decay_fraction", 0.1), ("warmup_steps", 7), ("floor", 0.5)]
+)
+def test_a_continued_run_keeps_its_schedule(key, value):
+    changed = to_dict(Config())
+    changed["opt"]["schedule"][key] = value
+    assert manifest.changed_keys(to_dict(Config()), changed)
+
+
+def test_a_continued_run_may_be_warmed_up_again():
+    changed = to_dict(Config())
+    changed["opt"]["schedule"]["rewarm_steps"] = 5
+    assert manifest.changed_keys(to_dict(Config()), changed) == []

@@ -1,0 +1,83 @@
+"""Hooks: what counts as training time, anomalies; and the words of --verify_resume."""
+
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from nanochat_jax.telemetry.anomaly import MIN_VALUES
+from nanochat_jax.train import hooks, loop, verify
+
+
+class Sink:
+    """Progress and writers in one: remembers."""
+
+    def __init__(self):
+        self.printed, self.texts = [], []
+
+    def print(self, line):
+        self.printed.append(line)
+
+    def text(self, step, tag, value):
+        self.texts.append((step, tag, value))
+
+
+def test_watch_reports_a_spike_of_one_step_once():
+    sink = Sink()
+    hook = hooks.watch(sink, sink)
+    hook(1, None, {})  # before the first metrics
+    for step in range(1, MIN_VALUES + 1):
+        hook(step + 1, None, {"step": float(step), "loss/next_token": 2.0 + 0.01 * (step % 3)})
+    assert not sink.printed
+    for step in (40, 41):
+        hook(step + 1, None, {"step": float(step), "loss/next_token": 9.0})
+    assert len(sink.printed) == 1 and sink.printed[0].startswith("anomaly 40 | loss spike: 9")
+    assert [(step, tag) for step, tag, _ in sink.texts] == [(40, "anomaly")]
+
+
+def test_watch_reports_starved_steps():
+    sink = Sink()
+    hook = hooks.watch(sink, sink)
+    for step in range(MIN_VALUES):
+        hook(step, None, {"step": float(step), "data/wait_ms": 30.0, "perf/step_ms": 100.0})
+    assert len(sink.printed) == 1 and "waiting for data: 0.3" in sink.printed[0]
+
+
+def test_the_loop_measures_each_step():
+    seen = []
+
+    def step(state, batch):
+        time.sleep(0.01)
+        return state, {}
+
+    def batches():
+        while True:
+            time.sleep(0.005)
+            yield None
+
+    state = type("State", (), {"step": 0})()
+    loop.run(step, state, batches(), [lambda done, state, metrics: seen.append(metrics)], 3)
+    assert seen[0] == {} and [m["step"] for m in seen[1:]] == [1.0, 2.0, 3.0]
+    for metrics in seen[1:]:
+        assert metrics["data/wait_ms"] >= 5 and metrics["perf/step_ms"] >= metrics["data/wait_ms"] + 10
+
+
+def test_a_pause_is_the_time_of_the_hook_only():
+    paused = []
+    hooks.aside(lambda done, state, metrics: time.sleep(0.02), paused)(1, jnp.ones(3), {})
+    assert len(paused) == 1 and paused[0] >= 0.02
+
+
+@pytest.mark.parametrize(
+    ("argv", "kept"),
+    [
+        ("--config=a.py --verify_resume", "--config=a.py"),
+        ("--workdir=x --config=a.py --verify_resume", "--config=a.py"),
+        ("--config a.py --workdir x --verify_resume --config.seed=1", "--config a.py --config.seed=1"),
+        ("--resume never --verify_resume --config=a.py", "--config=a.py"),
+        ("--config=a.py --config.workdir=b --verify_resume", "--config=a.py --config.workdir=b"),
+    ],
+)
+def test_children_get_the_other_words(argv, kept):
+    flags = {"--verify_resume": False, "--workdir": True, "--resume": True}
+    assert verify._without(tuple(argv.split()), flags) == tuple(kept.split())
