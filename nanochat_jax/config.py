@@ -94,11 +94,12 @@ class GroupConfig:
     lr: float = 3e-3  # peak learning rate
     weight_decay: float = 0.0  # decoupled
     beta1: float = 0.9  # first-moment decay (Muon: momentum)
-    beta2: float = 0.95  # second-moment decay
+    beta2: float = 0.95  # second-moment decay (NorMuon: of each output)
     eps: float = 1e-10
     steps: int = 5  # Newton-Schulz iterations (Muon)
     coefficients: str = "polar_express"  # one of the names in optim.muon.COEFFICIENTS
     scale: str = "original"  # one of the names in optim.muon.SCALES
+    ns_dtype: str = "auto"  # Newton-Schulz products: auto = bfloat16 on GPU and TPU, float32 on CPU
     cautious: bool = False  # decay only where the update agrees in sign with the weight
 
 
@@ -111,6 +112,7 @@ class ScheduleConfig:
     decay_fraction: float = 0.4  # share of the run spent decaying (wsd)
     decay_shape: str = "linear"  # linear | cosine | sqrt (wsd)
     floor: float = 0.1  # factor at the end
+    cycles: int = 1  # warm restarts: descents of the cosine, each from the peak to the floor
     rewarm_steps: int = 0  # steps to climb again when a finished run is extended; 0 = refuse
 
 
@@ -126,6 +128,7 @@ class OptConfig:
     decay_to_zero: bool = False  # weight decay follows a cosine to 0 at the last step
     clip: float = 1.0  # global gradient norm; 0 = no clipping
     skip_nonfinite: int = 5  # non-finite steps in a row that are skipped before the run stops
+    spike_sigmas: float = 0.0  # skip steps whose gradient norm is so many sigmas above the median; 0 = never
 
 
 @dataclass(frozen=True)

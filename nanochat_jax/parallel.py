@@ -7,7 +7,7 @@ Changing the layout means changing mesh sizes, or RULES.
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -102,6 +102,29 @@ def state_shardings(
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     return jax.tree_util.tree_map_with_path(find, state)
+
+
+def over_layers(mesh: Mesh) -> Callable[[jax.Array], jax.Array] | None:
+    """Lay a stack of matrices out with whole matrices on each device; None on a single device.
+
+    Returns: function of an array [N, ..., m, n] that splits N over as many mesh axes as divide it,
+    and nothing else. Work on the matrices is then shared by all devices, replicas included, instead
+    of repeated by each. Arrays without a stacked axis pass.
+    """
+    if mesh.size == 1:
+        return None
+
+    def constrain(x: jax.Array) -> jax.Array:
+        if x.ndim < 3:
+            return x
+        left, axes = x.shape[0], []
+        for axis in AXES:
+            if left % mesh.shape[axis] == 0:
+                left //= mesh.shape[axis]
+                axes.append(axis)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(tuple(axes))))
+
+    return constrain
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:

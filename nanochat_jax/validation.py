@@ -120,7 +120,8 @@ def _validate_data(d: DataConfig) -> None:
 
 # Settings of a group that its optimizer reads, besides name, lr, weight_decay and cautious.
 READ = {
-    "muon": ("beta1", "steps", "coefficients", "scale"),
+    "muon": ("beta1", "steps", "coefficients", "scale", "ns_dtype"),
+    "normuon": ("beta1", "beta2", "steps", "coefficients", "scale", "ns_dtype"),
     "adamw": ("beta1", "beta2", "eps"),
     "lion": ("beta1", "beta2"),
 }
@@ -129,7 +130,7 @@ READ = {
 def _check_unread(path: str, g: GroupConfig) -> None:
     """A changed setting that the group's optimizer does not read is a mistake, not a no-op."""
     default = type(g)()
-    for key in ("beta2", "eps", "steps", "coefficients", "scale"):
+    for key in ("beta2", "eps", "steps", "coefficients", "scale", "ns_dtype"):
         if key not in READ[g.name] and getattr(g, key) != getattr(default, key):
             raise ConfigError(f"'{path}.{key}' has no effect because {path}.name is '{g.name}'")
     if g.cautious and not g.weight_decay:
@@ -140,12 +141,13 @@ def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
     for group in GROUPS:
         g: GroupConfig = getattr(o, group)
         path = f"opt.{group}"
-        _choice(f"{path}.name", g.name, ("muon", "adamw", "lion"))
-        if g.name == "muon" and group != "matrix":
-            raise ConfigError(f"'{path}.name' = 'muon' works on matrices only; use adamw or lion")
+        _choice(f"{path}.name", g.name, READ)
+        if g.name.endswith("muon") and group != "matrix":
+            raise ConfigError(f"'{path}.name' = '{g.name}' works on matrices only; use adamw or lion")
         _check_unread(path, g)
         _choice(f"{path}.coefficients", g.coefficients, ("jordan", "polar_express", "dion"))
         _choice(f"{path}.scale", g.scale, ("original", "rms", "spectral"))
+        _choice(f"{path}.ns_dtype", g.ns_dtype, ("auto", "float32", "bfloat16"))
         _at_least(f"{path}.steps", g.steps, 1)
         _at_least(f"{path}.weight_decay", g.weight_decay, 0)
         for key in ("lr", "eps"):
@@ -162,6 +164,9 @@ def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
     for key in ("decay_fraction", "decay_shape"):
         if s.kind != "wsd" and getattr(s, key) != getattr(type(s)(), key):
             raise ConfigError(f"'opt.schedule.{key}' has no effect because opt.schedule.kind is '{s.kind}'")
+    _at_least("opt.schedule.cycles", s.cycles, 1)
+    if s.cycles > 1 and s.kind != "cosine":
+        raise ConfigError(f"'opt.schedule.cycles' has no effect because opt.schedule.kind is '{s.kind}'")
     for key in ("floor", "decay_fraction"):
         if not 0 <= getattr(s, key) <= 1:
             raise ConfigError(f"'opt.schedule.{key}' must be in [0, 1], got {getattr(s, key)}")
@@ -176,6 +181,7 @@ def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
         )
     _at_least("opt.clip", o.clip, 0)
     _at_least("opt.skip_nonfinite", o.skip_nonfinite, 0)
+    _at_least("opt.spike_sigmas", o.spike_sigmas, 0)
 
 
 def _validate_run(c: Config) -> None:

@@ -40,7 +40,7 @@ TOO_SMALL = {
     "data.prefetch": 0, "data.max_bytes": -1, "opt.matrix.steps": 0, "opt.matrix.weight_decay": -0.1,
     "opt.embed.eps": 0.0, "opt.scalar.beta2": -0.1, "opt.schedule.warmup_steps": -1,
     "opt.schedule.rewarm_steps": -1, "opt.schedule.decay_fraction": -0.1, "opt.clip": -0.1,
-    "opt.skip_nonfinite": -1, "train.steps": 0, "train.microbatches": 0, "train.loss_chunk": 0,
+    "opt.skip_nonfinite": -1, "opt.spike_sigmas": -0.1, "opt.schedule.cycles": 0, "train.steps": 0, "train.microbatches": 0, "train.loss_chunk": 0,
     "ckpt.every_steps": -1, "ckpt.every_minutes": -0.1, "ckpt.keep_last": 0, "ckpt.keep_every_steps": -1,
     "ckpt.min_free_gb": -0.1, "eval.every_steps": -1, "eval.batches": -1, "eval.sample_tokens": -1,
     "log.every_steps": 0, "infer.max_tokens": 0, "infer.temperature": -0.1, "infer.top_k": -1,
@@ -225,7 +225,8 @@ STEP = {
     "opt.schedule.decay_fraction": 0.2, "opt.schedule.decay_shape": "cosine", "opt.schedule.floor": 0.3,
     "opt.decay_to_zero": (True, {"opt.matrix.weight_decay": 0.1}), "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
     "opt.matrix.name": "adamw", "opt.matrix.lr": 0.5, "opt.matrix.weight_decay": 0.1, "opt.matrix.beta1": 0.5,
-    "opt.matrix.steps": 3, "opt.matrix.coefficients": "jordan", "opt.matrix.scale": "rms",
+    "opt.matrix.steps": 3, "opt.matrix.coefficients": "jordan", "opt.matrix.scale": "rms", "opt.matrix.ns_dtype": "bfloat16",
+    "opt.spike_sigmas": 6.0, "opt.schedule.cycles": (2, {"opt.schedule.kind": "cosine"}),
     "opt.matrix.cautious": (True, {"opt.matrix.weight_decay": 0.1}),
     "opt.matrix.beta2": (0.5, {"opt.matrix.name": "adamw"}), "opt.matrix.eps": (1e-3, {"opt.matrix.name": "adamw"}),
 }  # fmt: skip
@@ -251,12 +252,18 @@ ELSEWHERE = {
     "infer.top_k": "test_inference", "infer.top_p": "test_inference", "infer.capacity": "test_inference",
 }  # fmt: skip
 # Newton-Schulz settings of groups that cannot be Muon are refused (test_unread_settings_are_refused).
-REFUSED = {f"opt.{g}.{k}" for g in ("embed", "head", "scalar") for k in ("steps", "coefficients", "scale")}
+REFUSED = {
+    f"opt.{g}.{k}"
+    for g in ("embed", "head", "scalar")
+    for k in ("steps", "coefficients", "scale", "ns_dtype")
+}
 
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
 def test_unread_settings_are_refused(key):
-    value = {"steps": 3, "coefficients": "jordan", "scale": "rms"}[key.rsplit(".", 1)[1]]
+    value = {"steps": 3, "coefficients": "jordan", "scale": "rms", "ns_dtype": "float32"}[
+        key.rsplit(".", 1)[1]
+    ]
     with pytest.raises(ConfigError, match=f"'{key}' has no effect because"):
         resolve(with_(**{key.replace(".", "__"): value}))
 

@@ -13,18 +13,23 @@ import optax
 
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import GROUPS, GroupConfig, OptConfig
-from nanochat_jax.optim import lion, muon, schedules, skip
+from nanochat_jax.optim import lion, muon, normuon, schedules, skip
 from nanochat_jax.types import Metrics
 
+# Lays a stack of matrices out over devices before work that needs them whole; None = as they are.
+Constrain = Callable[[jax.Array], jax.Array] | None
+
 # Settings of a group -> direction (no learning rate, no sign).
-OPTIMIZERS: dict[str, Callable[[GroupConfig], optax.GradientTransformation]] = {
-    "muon": lambda g: muon.scale_by_muon(g.beta1, g.steps, g.coefficients, g.scale),
-    "adamw": lambda g: optax.scale_by_adam(g.beta1, g.beta2, g.eps),
-    "lion": lambda g: lion.scale_by_lion(g.beta1, g.beta2),
+OPTIMIZERS: dict[str, Callable[[GroupConfig, Constrain], optax.GradientTransformation]] = {
+    "muon": lambda g, constrain: _muon(g, constrain),
+    "normuon": lambda g, constrain: optax.chain(_muon(g, constrain), normuon.scale_by_neuron_norm(g.beta2)),
+    "adamw": lambda g, _: optax.scale_by_adam(g.beta1, g.beta2, g.eps),
+    "lion": lambda g, _: lion.scale_by_lion(g.beta1, g.beta2),
 }
 
 # Applied in order to the complete transform, each a no-op at its setting's neutral value.
 OUTER: dict[str, Callable[[optax.GradientTransformation, OptConfig], optax.GradientTransformation]] = {
+    "skip_spikes": lambda tx, cfg: skip.skip_spikes(tx, cfg.spike_sigmas) if cfg.spike_sigmas else tx,
     "skip_nonfinite": lambda tx, cfg: skip.skip_nonfinite(tx) if cfg.skip_nonfinite else tx,
 }
 
@@ -45,7 +50,11 @@ def labels(tree: Any) -> Any:
 
 
 def build(
-    cfg: OptConfig, steps: int, start_factor: float | None = None, start_step: int = 0
+    cfg: OptConfig,
+    steps: int,
+    start_factor: float | None = None,
+    start_step: int = 0,
+    constrain: Constrain = None,
 ) -> tuple[optax.GradientTransformation, Schedules]:
     """The optimizer of a run, and its learning rates.
 
@@ -55,6 +64,7 @@ def build(
         start_factor: last factor used, when a run is extended with opt.schedule.rewarm_steps
             (`schedules.check_extension` returns it); None = the plain schedule.
         start_step: first update of the extension.
+        constrain: see `muon.scale_by_muon`; `parallel.over_layers(mesh)` where there is a mesh.
 
     Returns: (tx, schedules). `tx` needs `params` in update; weight decay is decoupled and
         multiplied by the learning rate. `schedules` maps each group to a function from the count
@@ -69,7 +79,9 @@ def build(
     groups: dict[str, GroupConfig] = {name: getattr(cfg, name) for name in GROUPS}
     rates = {name: _times(group.lr, factor) for name, group in groups.items()}
     transforms: dict[Hashable, optax.GradientTransformation] = {
-        name: optax.chain(direction(group), decay(group, shrink), optax.scale_by_learning_rate(rates[name]))
+        name: optax.chain(
+            direction(group, constrain), decay(group, shrink), optax.scale_by_learning_rate(rates[name])
+        )
         for name, group in groups.items()
     }
     clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
@@ -79,14 +91,21 @@ def build(
     return tx, rates
 
 
-def direction(group: GroupConfig) -> optax.GradientTransformation:
+def direction(group: GroupConfig, constrain: Constrain = None) -> optax.GradientTransformation:
     """The direction that a group's settings name.
 
     Raises: ValueError for an unknown optimizer.
     """
     if group.name not in OPTIMIZERS:
         raise ValueError(f"no optimizer '{group.name}'; known: {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[group.name](group)
+    return OPTIMIZERS[group.name](group, constrain)
+
+
+def _muon(group: GroupConfig, constrain: Constrain) -> optax.GradientTransformation:
+    dtype = None if group.ns_dtype == "auto" else group.ns_dtype
+    return muon.scale_by_muon(
+        group.beta1, group.steps, group.coefficients, group.scale, dtype=dtype, constrain=constrain
+    )
 
 
 def decay(group: GroupConfig, factor: schedules.Factor | None = None) -> optax.GradientTransformation:

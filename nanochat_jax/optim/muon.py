@@ -148,12 +148,14 @@ def scale_by_muon(
     scale: str = "original",
     nesterov: bool = True,
     dtype: Any = None,
+    constrain: Callable[[jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace each matrix update by an approximately orthogonal one.
 
     Works on leaves [..., m, n]; leading axes are independent matrices. Every matrix is
     orthogonalized as a whole: a parameter sharded inside its last two axes is gathered or
-    all-reduced by the partitioner, one sharded on its leading axes is not communicated.
+    all-reduced by the partitioner, one sharded on its leading axes is not communicated. Without
+    `constrain`, devices that hold copies all repeat the same work.
 
     Args:
         momentum: decay of the exponential average, in [0, 1).
@@ -162,6 +164,8 @@ def scale_by_muon(
         scale: a name in SCALES, the factor by shape.
         nesterov: orthogonalize momentum * mu + (1 - momentum) * gradient instead of mu.
         dtype: dtype of Newton-Schulz products, see `newton_schulz`.
+        constrain: lays the momentum of a leaf out before Newton-Schulz, for example
+            `parallel.over_layers(mesh)`, which gives each device its own whole matrices.
 
     Returns: transform without learning rate or sign; updates keep the gradient's dtype.
     Raises: ValueError for unknown names; at init and update for leaves of rank < 2, naming them.
@@ -198,6 +202,7 @@ def scale_by_muon(
 
         def orthogonalize(g, u):
             factor = SCALES[scale](*u.shape[-2:])
+            u = u if constrain is None else constrain(u)
             return (factor * newton_schulz(u, steps, coefficients, dtype)).astype(g.dtype)
 
         count = jnp.asarray(optax.safe_increment(state.count))

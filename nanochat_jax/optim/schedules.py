@@ -1,7 +1,8 @@
 """Learning-rate factors: functions of the update count, in [0, 1], that multiply every peak rate.
 
 `kind` names the form: "wsd" (warm-up, stable, decay: a trapezoid), "cosine" and "linear" (which
-decay from the end of the warm-up on). The first update already moves, by 1 / warmup of the peak;
+decay from the end of the warm-up on; the cosine in `cycles` equal descents with warm restarts,
+arXiv:1608.03983). The first update already moves, by 1 / warmup of the peak;
 the floor is reached at step `steps`, one past the last update, and kept after it.
 """
 
@@ -59,6 +60,8 @@ def schedule(cfg: ScheduleConfig, steps: int) -> Factor:
         t = jnp.asarray(step, jnp.int32)
         rise = (t + 1).astype(jnp.float32) / max(warmup, 1)
         passed = jnp.clip((t - start).astype(jnp.float32) / max(decay, 1), 0.0, 1.0)
+        if cfg.cycles > 1:
+            passed = jnp.where(t >= steps, 1.0, passed * cfg.cycles % 1.0)
         fall = cfg.floor + (1.0 - cfg.floor) * SHAPES[shape](passed)
         inside = jnp.where(t < warmup, rise, fall)
         return jnp.where(t >= steps, jnp.float32(cfg.floor), inside)

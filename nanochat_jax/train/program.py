@@ -65,9 +65,10 @@ class Parts:
     def __init__(self, cfg: Config, extension: tuple[float, int] | None = None):
         self.specs = transformer.param_specs(cfg.model)
         factor, start = extension or (None, 0)
-        self.tx, self.schedules = optim.build(cfg.opt, cfg.train.steps, factor, start)
         self.loss_fn = losses.make_loss(cfg.model, cfg.train.loss, cfg.train.loss_chunk)
         self.mesh = parallel.mesh(cfg.mesh)
+        spread = parallel.over_layers(self.mesh)
+        self.tx, self.schedules = optim.build(cfg.opt, cfg.train.steps, factor, start, spread)
         self.init = lambda key: steps.new_state(params_lib.init_params(self.specs, key), self.tx)
         self.shapes = jax.eval_shape(self.init, jax.random.key(0))
         self.layout = parallel.state_shardings(self.shapes, self.specs, self.mesh)

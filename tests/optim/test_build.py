@@ -247,7 +247,7 @@ def test_skipping_off_is_absence():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="known: muon, adamw, lion"):
+    with pytest.raises(ValueError, match="known: muon, normuon, adamw, lion"):
         optim.build(OptConfig(head=GroupConfig(name="sgd")), 100)
     with pytest.raises(ValueError, match="blocks/value_gate") as caught:
         tx, _ = optim.build(OptConfig(scalar=GroupConfig(name="muon")), 100)

@@ -147,3 +147,14 @@ def test_rewarmed_never_jumps_up(cfg, old, more, climb):
     got = values(schedules.rewarmed(schedules.schedule(cfg, old + more), last, old, climb), old + more + 1)
     rise = np.diff(np.concatenate([[last], got[old : old + more]]))
     assert np.all(rise <= (1 - last) / climb + 1e-6)
+
+
+def test_cosine_with_warm_restarts_is_optax_sgdr():
+    cfg = ScheduleConfig(kind="cosine", warmup_steps=0, floor=0.1, cycles=3)
+    factor = schedules.schedule(cfg, 90)
+    one = {"init_value": 1.0, "peak_value": 1.0, "warmup_steps": 0, "decay_steps": 30, "end_value": 0.1}
+    theirs = optax.sgdr_schedule([one] * 3)
+    for step in range(90):
+        np.testing.assert_allclose(factor(step), theirs(step), atol=1e-5, err_msg=str(step))
+    assert [float(factor(t)) for t in (0, 30, 60)] == [1.0, 1.0, 1.0]
+    np.testing.assert_allclose(factor(90), 0.1, atol=1e-6)

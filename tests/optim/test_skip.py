@@ -64,3 +64,69 @@ def test_metrics_are_found_anywhere():
     assert all(v.dtype == jnp.float32 and v.shape == () for v in got.values())
     assert skip.metrics(optax.adam(0.1).init(p)) == {}
     assert set(jax.jit(skip.metrics)(state)) == set(got)
+
+
+# --- spikes
+
+
+def fed(norms, sigmas=6.0, window=16):
+    """Steps that were skipped when gradients of these norms arrive, and the last state."""
+    tx = skip.skip_spikes(optax.sgd(1.0, momentum=0.9), sigmas, window)
+    p = {"w": jnp.zeros((2, 2))}
+    state, update, skipped = tx.init(p), jax.jit(tx.update), []
+    for i, norm in enumerate(norms):
+        before, total = bits(state.inner), int(state.total)
+        updates, state = update({"w": jnp.full((2, 2), norm / 2, jnp.float32)}, state, p)
+        if int(state.total) > total:
+            skipped.append(i)
+            assert bits(state.inner) == before and np.all(np.asarray(updates["w"]) == 0)
+    return skipped, state
+
+
+def noise(count, seed=0):
+    return np.exp(0.2 * np.random.default_rng(seed).normal(size=count))
+
+
+def test_noise_and_slow_growth_are_no_spikes():
+    assert fed(noise(300))[0] == []
+    assert fed(noise(300) * np.exp(np.arange(300) / 50))[0] == []
+
+
+def test_a_spike_is_skipped_and_does_not_move_the_median():
+    norms = noise(60)
+    norms[[30, 31, 50]] *= 40
+    skipped, state = fed(norms)
+    assert skipped == [30, 31, 50]
+    assert float(skip.metrics(state)["opt/skipped_spikes"]) == 3.0
+
+
+def test_nothing_is_skipped_before_half_a_window():
+    norms = noise(20)
+    norms[5] *= 100
+    assert fed(norms)[0] == []
+
+
+def test_less_than_a_doubling_is_no_spike():
+    assert fed([1.0] * 20 + [1.99, 2.01])[0] == [21]
+
+
+def test_a_new_level_is_accepted_after_a_window():
+    skipped, _ = fed([1.0] * 20 + [100.0] * 60, window=16)
+    assert skipped == [*range(20, 36)]  # as many as the window is long, then it learns
+    again, _ = fed([1.0] * 20 + [100.0] * 60 + [1e5], window=16)
+    assert again[-1] == 80
+
+
+def test_the_median_is_numpys_lower_median():
+    rng = np.random.default_rng(3)
+    for count in (1, 2, 5, 8):
+        values = np.full(8, np.inf, np.float32)
+        values[:count] = rng.normal(size=count)
+        want = np.percentile(values[:count], 50, method="lower")
+        assert float(skip._median(jnp.asarray(values), jnp.asarray(count))) == want
+
+
+@pytest.mark.parametrize(("sigmas", "window"), [(0.0, 16), (-1.0, 16), (6.0, 1)])
+def test_impossible_guards(sigmas, window):
+    with pytest.raises(ValueError, match="expected sigmas > 0 and window >= 2"):
+        skip.skip_spikes(optax.sgd(0.1), sigmas, window)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nanochat_jax import optim
 from nanochat_jax.config import GroupConfig, OptConfig, ScheduleConfig
-from nanochat_jax.optim import lion, muon, skip
+from nanochat_jax.optim import lion, muon, normuon, skip
 from nanochat_jax.optim.build import add_cautious_decay
 
 CONSTANT = ScheduleConfig(warmup_steps=0, decay_fraction=0.0, floor=1.0)
@@ -37,6 +37,10 @@ ROWS = {
     "cautious_decay": lambda learning_rate: optax.chain(
         lion.scale_by_lion(), add_cautious_decay(0.01), optax.scale_by_learning_rate(learning_rate)
     ),
+    "normuon": lambda learning_rate: optax.chain(
+        muon.scale_by_muon(), normuon.scale_by_neuron_norm(), optax.scale_by_learning_rate(learning_rate)
+    ),
+    "skip_spikes": lambda learning_rate: skip.skip_spikes(lion.lion(learning_rate), 6.0, 8),
     "skip": lambda learning_rate: skip.skip_nonfinite(lion.lion(learning_rate)),
     **{f"built_{name}": built(name) for name in optim.OPTIMIZERS},
 }
