@@ -103,7 +103,7 @@ def fire(
     gives for the new parameters. All other leaves get their ordinary update, and schedules go on.
     A state's `count` restarts if all parameters of that state are chosen: Adam's bias correction and
     the like count the age of the moments beside it. With only some of them chosen it goes on; Adam's
-    next updates of those are then up to max_t (1 - b1^t) / sqrt(1 - b2^t) times too large (1.03 for
+    next updates of those are then up to max_t (1 - b1^t) / sqrt(1 - b2^t) times too large (1.1 for
     0.9 and 0.95, 6.6 for 0.9 and 0.999), so choose whole groups there. Muon does not mind.
     On other steps the work is not done (`lax.cond`; under vmap it would be).
 
@@ -266,7 +266,7 @@ def _fates(inner: optax.GradientTransformation, state: Any, chosen: Any) -> Any:
     def visit(node):
         if isinstance(node, str):
             return node
-        fields: dict[str, Any] = dict(zip(getattr(node, "_fields", ()), node, strict=False))
+        fields = node._asdict() if hasattr(node, "_asdict") else {}
         if fields.pop("count", None) == "count":
             trees = [t for t in fields.values() if jax.tree.structure(t, is_leaf=_is_masked) == structure]
             beside = {fate for t in trees for fate in jax.tree.leaves(t)} - {"count"}

@@ -176,17 +176,19 @@ def scale_by_foam_adam(
         del params, extra_args
         count = jnp.asarray(optax.safe_increment(state.count))
         wide = jax.tree.map(lambda g, m: g.astype(m.dtype), updates, state.mu)
-        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * fold(g, level), wide, state.mu)
-        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * squares(g, level), wide, state.nu)
-        bias1, bias2 = 1 - b1**count, 1 - b2**count
+        means = jax.tree.map(lambda g: fold(g, level), wide)
+        mu = optax.tree.update_moment(means, state.mu, b1, 1)
+        nu = optax.tree.update_moment(jax.tree.map(lambda g: squares(g, level), wide), state.nu, b2, 1)
 
-        def direction(g, full, m, v):
-            rest = residual(full, level)
-            first = (unfold(m, g.shape) + rest) / bias1
-            second = (unfold(v, g.shape) + jnp.square(rest)) / bias2
-            return (first / (jnp.sqrt(second) + eps)).astype(g.dtype)
-
-        return jax.tree.map(direction, updates, wide, mu, nu), FoamAdamState(count, mu, nu)
+        rest = jax.tree.map(lambda g: residual(g, level), wide)
+        first = jax.tree.map(lambda m, r: unfold(m, r.shape) + r, mu, rest)
+        second = jax.tree.map(lambda v, r: unfold(v, r.shape) + jnp.square(r), nu, rest)
+        first = optax.tree.bias_correction(first, b1, count)
+        second = optax.tree.bias_correction(second, b2, count)
+        directions = jax.tree.map(
+            lambda g, m, v: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), updates, first, second
+        )
+        return directions, FoamAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
