@@ -13,9 +13,9 @@ from nanochat_jax import optim
 from nanochat_jax.config import OptConfig
 from nanochat_jax.optim import fire, skip
 
-
 # The same isometry in two programs: rounding of small singular values, amplified by up to 1e3.
 CLOSE = 5e-5
+isometry = jax.jit(fire.isometry, static_argnums=(1, 2))
 
 
 def normal(shape, seed=0):
@@ -44,21 +44,21 @@ def cubic(x, count):
     return x
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (24, 96), (96, 24), (2, 3, 16, 20), (1, 7), (7, 1), (128, 128)])
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (2, 3, 16, 20), (1, 7), (128, 128)])
 def test_equals_the_polar_factor(shape):
     x = normal(shape)
-    got = np.asarray(fire.isometry(jnp.asarray(x), "unit"))
+    got = np.asarray(isometry(jnp.asarray(x), "unit"))
     # float32 determines a singular direction to 6e-8 |x| / sigma; sigma is 1e-3 |x| or larger here
     np.testing.assert_allclose(got, polar(x), atol=5e-4)
     identity = np.swapaxes(got, -1, -2) @ got if shape[-2] >= shape[-1] else got @ np.swapaxes(got, -1, -2)
     np.testing.assert_allclose(identity, np.broadcast_to(np.eye(min(shape[-2:])), identity.shape), atol=1e-5)
 
 
-@pytest.mark.parametrize("decades", [1, 3, 4])
+@pytest.mark.parametrize("decades", [1, 4])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 160)])
 def test_resolves_wide_spectra_where_the_cubic_does_not(shape, decades):
     x = decaying(*shape, decades)
-    got = np.asarray(fire.isometry(jnp.asarray(x), "unit"), np.float64)
+    got = np.asarray(isometry(jnp.asarray(x), "unit"), np.float64)
     deviation = lambda y: np.linalg.norm(y @ y.T - np.eye(64)) / 8  # noqa: E731
     assert deviation(got) < 1e-3
     assert np.linalg.norm(got - polar(x)) / 8 < 1e-3
@@ -69,21 +69,21 @@ def test_resolves_wide_spectra_where_the_cubic_does_not(shape, decades):
 @hypothesis.given(st.integers(0, 2**31), st.sampled_from([(12, 12), (8, 20)]), st.integers(-10, 10))
 def test_nearest_isometry_idempotent_and_scale_free(seed, shape, exponent):
     x = normal(shape, seed)
-    got = np.asarray(fire.isometry(jnp.asarray(x), "unit"), np.float64)
+    got = np.asarray(isometry(jnp.asarray(x), "unit"), np.float64)
     rivals = polar(np.random.default_rng(seed).normal(size=(200, *shape)))
     nearby = polar(got + 0.1 * np.random.default_rng(seed).normal(size=(50, *shape)))
     distances = np.sum((np.concatenate([rivals, nearby]) - x) ** 2, axis=(-2, -1))
     assert np.sum((got - x) ** 2) <= distances.min() + 1e-4
-    np.testing.assert_allclose(fire.isometry(jnp.asarray(got, jnp.float32), "unit"), got, atol=2e-5)
-    scaled = fire.isometry(jnp.asarray(x * np.float32(2.0**exponent)), "unit")
+    np.testing.assert_allclose(isometry(jnp.asarray(got, jnp.float32), "unit"), got, atol=2e-5)
+    scaled = isometry(jnp.asarray(x * np.float32(2.0**exponent)), "unit")
     np.testing.assert_allclose(scaled, got, atol=1e-3)
-    turned = fire.isometry(jnp.asarray(x.T), "unit").T
+    turned = isometry(jnp.asarray(x.T), "unit").T
     np.testing.assert_allclose(turned, got, atol=1e-3)
 
 
 def test_scales():
     x = 3 * normal((2, 8, 24))
-    got = {name: np.asarray(fire.isometry(jnp.asarray(x), name)) for name in fire.SCALES}
+    got = {name: np.asarray(isometry(jnp.asarray(x), name)) for name in fire.SCALES}
     np.testing.assert_allclose(got["unit"], polar(x), atol=1e-4)
     np.testing.assert_allclose(got["fan"], np.sqrt(3) * polar(x), atol=2e-4)  # d_out / d_in = 24 / 8
     norms = np.linalg.norm(x, axis=(-2, -1))
@@ -95,15 +95,15 @@ def test_stacks_zeros_ranks_and_dtypes():
     x = normal((3, 6, 10))
     x[1] = 0
     x[2] = np.outer(np.arange(6), np.arange(10))  # rank 1
-    got = np.asarray(fire.isometry(jnp.asarray(x), "unit"))
-    alone = np.asarray(fire.isometry(jnp.asarray(x[0]), "unit"))
+    got = np.asarray(isometry(jnp.asarray(x), "unit"))
+    alone = np.asarray(isometry(jnp.asarray(x[0]), "unit"))
     np.testing.assert_allclose(got[0], alone, atol=1e-5)
     for scale in fire.SCALES:
-        assert not np.any(fire.isometry(jnp.zeros((2, 4, 4)), scale))
+        assert not np.any(isometry(jnp.zeros((2, 4, 4)), scale))
     assert not np.any(got[1]) and np.all(np.isfinite(got))
     assert np.linalg.norm(got[2], 2) < 1.001
     np.testing.assert_allclose(np.sum(got[2] * x[2]), np.linalg.norm(x[2]), rtol=1e-4)
-    half = fire.isometry(jnp.asarray(x[0], jnp.bfloat16), "unit")
+    half = isometry(jnp.asarray(x[0], jnp.bfloat16), "unit")
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         np.float32(half), polar(np.float32(jnp.asarray(x[0], jnp.bfloat16))), atol=4e-3
@@ -129,7 +129,7 @@ def test_measures_equal_numpy():
     )
     flat = jnp.stack([jnp.eye(6), jnp.diag(jnp.array([1.0, 1, 1, 0, 0, 0])), jnp.zeros((6, 6))])
     np.testing.assert_allclose(fire.effective_rank(flat), [6, 3, 0], rtol=1e-5)
-    reborn = fire.isometry(jnp.asarray(w), "unit")
+    reborn = isometry(jnp.asarray(w), "unit")
     assert np.all(fire.deviation_from_isometry(reborn) < 1e-9)
     np.testing.assert_allclose(fire.effective_rank(reborn), 6, rtol=1e-5)
     hidden = np.maximum(normal((50, 4, 8)), 0)
@@ -191,7 +191,7 @@ def test_replaces_the_updates_of_the_chosen_leaves_only():
         assert not same_bits(plain[i][0]["up"], fired[i][0]["up"])
     before, after = fired[2][0], fired[3][0]
     for path in (lambda t: t["up"], lambda t: t["attn"]["q"]):
-        np.testing.assert_allclose(path(after), fire.isometry(path(before)), atol=CLOSE)
+        np.testing.assert_allclose(path(after), isometry(path(before)), atol=CLOSE)
     adam = fired[3][2].inner[0]
     for moment, kept in ((adam.mu, plain[3][2][0].mu), (adam.nu, plain[3][2][0].nu)):
         assert not np.any(moment["up"]) and not np.any(moment["attn"]["q"])
@@ -267,16 +267,16 @@ def test_around_and_inside_the_built_optimizer():
     matrices = lambda p: jax.tree.map(lambda name: name == "matrix", optim.labels(p))  # noqa: E731
     p = conformance.tree(0) | {"embed": jnp.asarray(normal((4, 8)))}
     g = conformance.tree(1) | {"embed": jnp.asarray(normal((4, 8), 1))}
-    built = optim.build(OptConfig(), 100)[0]
+    built = optim.build(OptConfig(), 100)[0]  # itself skip(clip -> partition)
     fired = fire.fire(built, matrices, [0], iterations=3)
-    for tx in (fired, skip.skip_nonfinite(fired)):
-        updates, state = jax.jit(tx.update)(g, tx.init(p), p)
-        after = optax.apply_updates(p, updates)
-        want = fire.reinitialize(p, matrices, iterations=3)
-        conformance.assert_close(after["blocks"], want["blocks"], CLOSE)
-        moments = optax.tree.get_all_with_path(state, "mu")
-        reset = [float(optax.tree.norm(mu)) for _, mu in moments]
-        assert sorted(value > 0 for value in reset) == [False, False, False, True]  # embed's alone
+    tx = skip.skip_nonfinite(fired)
+    updates, state = jax.jit(tx.update)(g, tx.init(p), p)
+    after = optax.apply_updates(p, updates)
+    want = jax.jit(lambda p: fire.reinitialize(p, matrices, iterations=3))(p)
+    conformance.assert_close(after["blocks"], want["blocks"], CLOSE)
+    moments = optax.tree.get_all_with_path(state, "mu")
+    reset = [float(optax.tree.norm(mu)) for _, mu in moments]
+    assert sorted(value > 0 for value in reset) == [False, False, False, True]  # embed's alone
 
 
 def test_state_is_fresh_for_the_new_parameters():
@@ -366,7 +366,7 @@ def test_a_tree_mask_may_name_leaves_that_another_transform_owns():
         {"attn": {"q": "m", "o": "g"}, "up": "m", "gain": "g"},
     )
     (p, *_), *_ = steps_of(tx, 1)
-    np.testing.assert_allclose(p["up"], fire.isometry(P["up"]), atol=CLOSE)
+    np.testing.assert_allclose(p["up"], isometry(P["up"]), atol=CLOSE)
 
 
 def test_donation_and_resumption():

@@ -83,7 +83,7 @@ def test_shapes():
 
 
 @pytest.mark.parametrize("second_moment", foam.SECOND_MOMENTS)
-@pytest.mark.parametrize("level", [1, 2, 5])
+@pytest.mark.parametrize("level", [1, 5])
 def test_twenty_steps_of_foam_adam_equal_float64(second_moment, level):
     b1, b2, eps = 0.9, 0.95, 1e-8
     shape = (2, 3, 16)
@@ -105,8 +105,7 @@ def test_twenty_steps_of_foam_adam_equal_float64(second_moment, level):
     assert int(state.count) == 20
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize(("shape", "level"), [((2, 6, 16), 1), ((16, 8), 3)])
+@pytest.mark.parametrize(("shape", "level", "nesterov"), [((2, 6, 16), 1, True), ((16, 8), 3, False)])
 def test_twenty_steps_of_folded_muon_equal_float64(nesterov, shape, level):
     beta, steps = 0.9, 3
     a, e = matrices(shape[-1], level)
@@ -165,9 +164,9 @@ def test_level_zero_is_the_inner_transform(plain, folded):
 
 
 @wrapped
-@pytest.mark.parametrize("level", [1, 3])
-def test_block_constant_gradients_lose_nothing(plain, folded, level):
-    shape, tx = (4, 16), folded(level)
+def test_block_constant_gradients_lose_nothing(plain, folded):
+    shape, level = (4, 16), 2
+    tx = folded(level)
     a, b = plain.init(jnp.zeros(shape)), tx.init(jnp.zeros(shape))
     for t in range(5):
         g = block_constant(shape, level, t)
@@ -215,7 +214,7 @@ def test_zero_gradients_give_zero_updates():
         assert not np.any(u)
 
 
-@pytest.mark.parametrize("level", [0, 1, 3, 8])
+@pytest.mark.parametrize("level", [0, 3, 8])
 def test_state_bytes(level):
     p = {
         "a": jnp.zeros((2, 4, 256)),
