@@ -322,12 +322,10 @@ def test_conformance(check, make):
     check(make)
 
 
-@pytest.mark.parametrize(
-    ("row", "layout"), [("foam_adam", "both"), ("foam_muon", "layers"), ("foam_muon", "both")]
-)
-def test_sharded_equals_unsharded(row, layout, monkeypatch):
+@pytest.mark.parametrize("row", ROWS)
+def test_sharded_equals_unsharded(row, monkeypatch):
     monkeypatch.setitem(conformance.ROWS, row, ROWS[row])
-    conformance.test_sharded_equals_unsharded(row, layout)
+    conformance.test_sharded_equals_unsharded(row, "both")
 
 
 @rows
