@@ -102,7 +102,7 @@ def quantize(
     unit = scales.astype(jnp.float32) if code == "linear" else top
     # Reciprocals of subnormal scales overflow: such a block, below 1.5e-36, is all zeros. NaNs stay.
     multiples = blocks * jnp.where(unit < jnp.finfo(jnp.float32).tiny, 0.0, 1 / unit)
-    offset = 0.5 if key is None else _to_blocks(jax.random.uniform(key, x.shape), block)
+    offset = 0.5 if key is None else _to_blocks(_uniform(key, x.shape), block)
     return _from_blocks(_round(multiples, code, offset), x.shape), scales[..., 0]
 
 
@@ -225,7 +225,8 @@ def quantize_state(
         )
 
     def init(params):
-        count, tree = jnp.zeros([], jnp.int32), inner.init(params)
+        # Moments start as constants, and XLA would spend minutes on encoding large constants as it compiles.
+        count, tree = jnp.zeros([], jnp.int32), jax.lax.optimization_barrier(inner.init(params))
         return QuantizedState(count, *encode(tree, params, count))
 
     def update(updates, state, params=None, **extra_args):
@@ -270,6 +271,27 @@ def _to_blocks(x: jax.Array, block: int) -> jax.Array:
 def _from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[..., blocks, block] -> [..., n], the inverse of `_to_blocks`."""
     return blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]
+
+
+def _uniform(key: Key, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform multiples of 2^-24 in [0, 1), float32 of `shape`; equal keys give equal numbers.
+
+    Rounding needs numbers that are uniform and unrelated between elements and steps, nothing more.
+    A hash of the element's index with two words from the key gives them in the same loop as the
+    rounding; `jax.random.uniform` would cost several times the rest of the encoding.
+    """
+    salt = jax.random.bits(key, (2,), jnp.uint32)
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):  # wraps beyond 2^32 elements
+        index = index * size + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return (_mix(_mix(index ^ salt[0]) ^ salt[1]) >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Permutation of uint32 in which every bit of the input moves every bit of the output."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
 
 
 def _round(multiples: jax.Array, code: str, offset: jax.typing.ArrayLike) -> jax.Array:
