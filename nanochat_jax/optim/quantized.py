@@ -8,15 +8,16 @@ A block is `block` consecutive elements of the last axis with one scale. Three c
 
 - "linear": multiples -127..127 of absmax / 127. Enough for a momentum whose use is linear (Muon) or
   a sign (Lion). Small entries of a block become 0.
-- "dynamic": 256 levels times absmax, 2^k of them evenly spaced in the decade 10^(k-7) to 10^(k-6).
-  Precise where entries are small.
+- "dynamic": 256 levels times absmax, 2^k of them evenly spaced in the decade 10^(k-7) to 10^(k-6), of
+  either sign. Precise where entries are small. As in its source, -1 is not a level: a block led by a
+  negative entry stores 0.993 of it, a loss at every step that the linear code does not have.
 - "dynamic_unsigned": the same for entries >= 0, with twice as many levels. For Adam's second moment:
   an entry that a linear code rounds to 0 would be divided by.
 
 Encoding is not a search. Over the levels of a dynamic code, the position (level number, fractions
 in between) is piecewise linear in the entry, and concave up to the last level below 1: it is the
-minimum of a dozen straight lines, which vectorizes on every device (15 times faster on CPU than the
-binary search). Rounding to the nearest level is then floor(position + 1/2), and stochastic rounding
+minimum of a dozen straight lines, which vectorizes on every device (7 times faster on CPU than an
+unrolled binary search). Rounding to the nearest level is then floor(position + 1/2), and stochastic rounding
 is floor(position + u), for all codes alike.
 
 Rounding to nearest freezes an average whose change per step, (1 - beta) times the difference to the

@@ -133,7 +133,7 @@ def test_nested_smaller_blocks_have_smaller_scales(seed, code):
     """So the error bound, a fixed share of the scale, never grows; nor does the mean error here."""
     x = draw((4, 512), seed, 2.0, code)
     errors, previous = [], np.inf
-    for block in (512, 128, 32, 8):
+    for block in (512, 64, 8):
         codes, scales = quantize(jnp.asarray(x), block, code)
         wide = np.repeat(np.asarray(scales), block, axis=-1)
         assert np.all(wide <= previous)
@@ -143,9 +143,9 @@ def test_nested_smaller_blocks_have_smaller_scales(seed, code):
 
 
 @few
-@hypothesis.given(st.integers(0, 2**31), SPLITS, st.sampled_from(q.CODES))
-def test_blocks_are_independent(seed, split, code):
-    n, block = split
+@hypothesis.given(st.integers(0, 2**31), st.sampled_from(q.CODES))
+def test_blocks_are_independent(seed, code):
+    n, block = 70, 32
     x = jnp.asarray(draw((2, n), seed, 1.0, code))
     codes, scales = quantize(x, block, code)
     for i in range(0, n, block):
@@ -244,7 +244,7 @@ def test_equals_the_inner_transform_with_rounded_moments(make, rounding):
 
 @directions
 def test_small_leaves_are_left_alone_bit_for_bit(make):
-    inner, tx = make(), q.quantize_state(make(), min_size=4096)
+    inner, tx = make(), q.quantize_state(make(), min_size=4097)
     plain, state = inner.init(tree(0)), tx.init(tree(0))
     for i in range(3):
         want, plain = inner.update(tree(i + 1), plain)
@@ -366,10 +366,69 @@ def test_nearest_rounding_freezes_an_average_and_stochastic_does_not():
     assert abs(average("stochastic") - want) < 5 * 60**0.5 / 254 / 4032**0.5
 
 
+def test_bfloat16_scales_freeze_slow_averages():
+    """Why they are not for second moments: 0.999 of a scale rounds back to the scale."""
+    for scale_dtype, want in ((jnp.float32, 0.999**50), (jnp.bfloat16, 1.0)):
+        tx = q.quantize_state(
+            optax.ema(0.999, debias=False), {"ema": "dynamic_unsigned"}, 64, scale_dtype=scale_dtype
+        )
+        state = tx.init(jnp.ones((64, 64)))
+        codes, scales = q.quantize(jnp.ones((64, 64)), 64, "dynamic_unsigned", None, scale_dtype)
+        inner = state.inner._replace(ema=codes)
+        state, update = (
+            state._replace(inner=inner, scales=inner._replace(count=optax.MaskedNode(), ema=scales)),
+            jax.jit(tx.update),
+        )
+        for _ in range(50):
+            _, state = update(jnp.zeros((64, 64)), state)
+        np.testing.assert_allclose(
+            q.dequantize(state.inner.ema, state.scales.ema, 64, "dynamic_unsigned"), want, rtol=1e-5
+        )
+
+
+def test_directions_of_muon_stay_close_to_float32():
+    """Cosine to float32 Muon's direction for the same 200 gradients of a two-layer regression.
+
+    Newton-Schulz lifts small singular values, and with them the rounding of the momentum; so the
+    cosine is above 0.999 only towards the end. The linear code does better than the dynamic one.
+    """
+    key = jax.random.key(0)
+    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
+    teacher = {"a": draw(0, 32, 128) / 6, "b": draw(1, 128, 32) / 11}
+    student = {"a": draw(2, 32, 128) / 6, "b": draw(3, 128, 32) / 11}
+    plain = muon.scale_by_muon(scale="rms")
+    arms = [q.quantize_state(plain, {"mu": code}) for code in ("linear", "dynamic")]
+
+    def loss(p, i):
+        x = jax.random.normal(jax.random.fold_in(key, 100 + i), (64, 32))
+        forward = lambda p: jnp.maximum(x @ p["a"], 0) @ p["b"]  # noqa: E731
+        return jnp.mean(jnp.square(forward(p) - forward(teacher)))
+
+    def cosine(u, v):
+        pairs = [(u[n].ravel(), v[n].ravel()) for n in u]
+        return jnp.stack([a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b) for a, b in pairs]).min()
+
+    def step(carry, i):
+        p, plain_state, states = carry
+        grads = jax.grad(loss)(p, i)
+        want, plain_state = plain.update(grads, plain_state)
+        found = [tx.update(grads, state) for tx, state in zip(arms, states, strict=True)]
+        p = jax.tree.map(lambda p, u: p - 0.02 * (1 - i / 200) * u, p, want)
+        cosines = jnp.stack([cosine(want, got) for got, _ in found])
+        return (p, plain_state, [state for _, state in found]), cosines
+
+    start = (student, plain.init(student), [tx.init(student) for tx in arms])
+    _, cosines = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(200)))()
+    linear, dynamic = np.asarray(cosines).T
+    print(linear.min(), linear.mean(), linear[-1], dynamic.min(), dynamic.mean(), dynamic[-1])
+    assert linear.min() > 0.98 and linear.mean() > 0.997 and linear[-1] > 0.999
+    assert linear.mean() > dynamic.mean() > 0.99
+
+
 def test_donated_state_is_reused_and_float32_moments_are_never_all_alive():
-    """The default schedule of XLA on CPU is breadth first, for concurrency: it keeps several copies
-    even of plain Muon's moments. Under the schedule that GPUs use by default, which saves memory,
-    the program needs less than one."""
+    """The default schedule of XLA on CPU is breadth first, for concurrency: it keeps three copies even
+    of plain Muon's moments. The program allows better: the schedule that saves memory needs less
+    than one, all temporaries included."""
     grads = {f"w{i:02d}": jnp.asarray(normal((256, 256), i)) for i in range(16)}
     options = {
         "xla_cpu_enable_concurrency_optimized_scheduler": False,
