@@ -17,8 +17,8 @@ A block is `block` consecutive elements of the last axis with one scale. Three c
 Encoding is not a search. Over the levels of a dynamic code, the position (level number, fractions
 in between) is piecewise linear in the entry, and concave up to the last level below 1: it is the
 minimum of a dozen straight lines, which vectorizes on every device (7 times faster on CPU than an
-unrolled binary search). Rounding to the nearest level is then floor(position + 1/2), and stochastic rounding
-is floor(position + u), for all codes alike.
+unrolled binary search). Rounding to the nearest level is then floor(position + 1/2), and stochastic
+rounding is floor(position + u), for all codes alike.
 
 Rounding to nearest freezes an average whose change per step, (1 - beta) times the difference to the
 gradient, is below half the distance of two levels. Stochastic rounding does not: it is right on

@@ -420,7 +420,6 @@ def test_directions_of_muon_stay_close_to_float32():
     start = (student, plain.init(student), [tx.init(student) for tx in arms])
     _, cosines = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(200)))()
     linear, dynamic = np.asarray(cosines).T
-    print(linear.min(), linear.mean(), linear[-1], dynamic.min(), dynamic.mean(), dynamic[-1])
     assert linear.min() > 0.98 and linear.mean() > 0.997 and linear[-1] > 0.999
     assert linear.mean() > dynamic.mean() > 0.99
 
