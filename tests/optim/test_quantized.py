@@ -20,7 +20,7 @@ from nanochat_jax.optim import lion, muon
 from nanochat_jax.optim import quantized as q
 from nanochat_jax.types import TrainState
 
-few = hypothesis.settings(max_examples=15, deadline=None)
+few = hypothesis.settings(max_examples=10, deadline=None)
 codes_of = pytest.mark.parametrize("code", q.CODES)
 EPS = 2.0**-22  # a few float32 roundings
 # (n, block): whole blocks, a shorter last one, a row shorter than a block, single elements.
@@ -217,11 +217,13 @@ DIRECTIONS = {
 directions = pytest.mark.parametrize("make", DIRECTIONS.values(), ids=DIRECTIONS)
 
 
-@directions
-@pytest.mark.parametrize("rounding", q.ROUNDINGS)
-def test_equals_the_inner_transform_with_rounded_moments(make, rounding):
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [("muon", "nearest"), ("lion", "stochastic"), ("adam", "nearest"), ("adam", "stochastic")],
+)
+def test_equals_the_inner_transform_with_rounded_moments(name, rounding):
     """The wrapper written out: run inner in float32, replace its moments by what storage keeps."""
-    inner = make()
+    inner = DIRECTIONS[name]()
     tx = q.quantize_state(inner, rounding=rounding, seed=5, **SMALL)
     plain, state = inner.init(tree(0)), tx.init(tree(0))
 
@@ -546,13 +548,11 @@ def test_minimizes_a_matrix_quadratic(make):
     assert float(loss(p)) < 0.1 * first
 
 
-@rows
+@pytest.mark.parametrize("make", [ROWS["muon"], ROWS["adam_stochastic"]], ids=["muon", "adam_stochastic"])
 def test_inside_chain_masked_partition_and_inject_hyperparams(make):
     p, _ = run(make(0.1))
-    assert_close(p, run(optax.chain(optax.identity(), make(0.05), optax.scale(2.0)))[0])
-    assert_close(
-        p, run(optax.inject_hyperparams(lambda learning_rate: make(learning_rate))(learning_rate=0.1))[0]
-    )
+    half = optax.inject_hyperparams(lambda learning_rate: make(learning_rate))(learning_rate=0.05)
+    assert_close(p, run(optax.chain(optax.identity(), half, optax.scale(2.0)))[0])
     mask = {"blocks": {"mlp": {"up": True, "down": False}}}
     masked = run(optax.masked(make(0.1), mask))[0]["blocks"]["mlp"]["up"]
     labels = jax.tree.map(lambda m: "on" if m else "off", mask)
@@ -575,9 +575,8 @@ def test_inside_multi_steps(make):
     assert_close(second, tx.update(mean, tx.init(p), p)[0])
 
 
-@rows
-def test_round_trip_through_numpy(make):
-    tx = make(0.1)
+def test_round_trip_through_numpy():
+    tx = ROWS["adam_stochastic"](0.1)
     p, state = run(tx)
     leaves = [np.asarray(x).copy() for x in jax.tree.leaves(state)]
     treedef = jax.tree.structure(jax.eval_shape(tx.init, tree(0)))
