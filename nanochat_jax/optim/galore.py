@@ -177,8 +177,10 @@ def galore(
         _moments(state.inner, params, rank, min_dim, momentum)
         return state
 
-    def update(updates, state, params=None, **extra_args):
-        del params
+    # Compiled even if the caller does not: a bare loop would be compiled anew at every call.
+    @jax.jit
+    def refresh(state, updates):
+        """The state in the subspaces of this step; only the turns that are due are computed."""
         flat, treedef = jax.tree_util.tree_flatten_with_path(updates)
         projectors = treedef.flatten_up_to(state.projector)
         scales = treedef.flatten_up_to(state.projector_scale)
@@ -187,47 +189,52 @@ def galore(
         names = sorted(params_lib.path_name(path) for path in owned)
         key = jax.random.fold_in(jax.random.key(seed), state.count)
 
-        seen = []
         for i, (path, g) in enumerate(flat):
             if path not in owned:
-                seen.append(g)
                 continue
-            name = params_lib.path_name(path)
-            turns = _turns(g.shape, update_gap)
-            first, stop = _due(state.count, names.index(name), len(names), turns, update_gap)
+            name, turns = params_lib.path_name(path), _turns(g.shape, update_gap)
 
-            def refresh(turn, carry, path=path, g=g, turns=turns, name=name):
+            def turn_over(turn, carry, g=g, name=name, turns=turns, changes=owned[path]):
                 pick = lambda x: _split(x, turns, g.ndim - 2)[turn]  # noqa: E731
-                old = _decode(*jax.tree.map(pick, carry[0]))
-                wide = pick(g if _left(g.shape) else g.mT)
-                new = find(
-                    wide.astype(jnp.float32), params_lib.fold_name(jax.random.fold_in(key, turn), name)
-                )
-                new = follow_signs(new, old)
-                if momentum == "transport":
-                    new = _dot(new, polar(_dot(new.mT, old)))
-                new = _encode(new, projector_bits)
-                overlap = _dot(_decode(*new).mT, old)
-                # Built here rather than outside: it then costs nothing in steps without refresh.
-                fresh = jax.tree.leaves(inner.init(reduced(updates)))
-                changed = [
-                    change(overlap, pick(x), pick(fresh[j]), _left(g.shape))
-                    for x, (j, change) in zip(carry[1], owned[path].items(), strict=True)
-                ]
                 put = lambda x, v: (  # noqa: E731
                     _split(x, turns, g.ndim - 2).at[turn].set(v.astype(x.dtype)).reshape(x.shape)
                 )
-                return jax.tree.map(put, carry, (new, changed))
+                stored, old_moments = carry
+                old = _decode(*jax.tree.map(pick, stored))
+                wide = pick(g if _left(g.shape) else g.mT).astype(jnp.float32)
+                new = follow_signs(find(wide, params_lib.fold_name(jax.random.fold_in(key, turn), name)), old)
+                if momentum == "transport":
+                    new = _dot(new, polar(_dot(new.mT, old)))
+                encoded = _encode(new, projector_bits)
+                overlap = _dot(_decode(*encoded).mT, old)
+                # Built here and not outside: it costs nothing in steps without refresh.
+                fresh = jax.tree.leaves(inner.init(reduced(updates)))
+                changed = [
+                    change(overlap, pick(x), pick(fresh[j]), _left(g.shape))
+                    for x, (j, change) in zip(old_moments, changes.items(), strict=True)
+                ]
+                return jax.tree.map(put, carry, (encoded, changed))
 
+            first, stop = _due(state.count, names.index(name), len(names), turns, update_gap)
             carry = (projectors[i], scales[i]), [moments[j] for j in owned[path]]
-            (projectors[i], scales[i]), changed = jax.lax.fori_loop(first, stop, refresh, carry)
+            (projectors[i], scales[i]), changed = jax.lax.fori_loop(first, stop, turn_over, carry)
             for j, x in zip(owned[path], changed, strict=True):
                 moments[j] = x
-            seen.append(project(_decode(projectors[i], scales[i]), g.astype(_wide(g))))
-
-        directions, inner_state = inner.update(
-            treedef.unflatten(seen), inner_treedef.unflatten(moments), None, **extra_args
+        return GaloreState(
+            state.count,
+            treedef.unflatten(projectors),
+            treedef.unflatten(scales),
+            inner_treedef.unflatten(moments),
         )
+
+    def update(updates, state, params=None, **extra_args):
+        del params
+        state = refresh(state, updates)
+
+        def down(g, projector, projector_scale):
+            if not projects(g.shape, rank, min_dim):
+                return g
+            return project(_decode(projector, projector_scale), g.astype(_wide(g)))
 
         def back(g, direction, projector, projector_scale):
             if not projects(g.shape, rank, min_dim):
@@ -236,13 +243,12 @@ def galore(
             full = project_back(_decode(projector, projector_scale), direction, _left(g.shape))
             return (factor * full).astype(g.dtype)
 
-        state = GaloreState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            projector=treedef.unflatten(projectors),
-            projector_scale=treedef.unflatten(scales),
-            inner=inner_state,
+        stored = state.projector, state.projector_scale
+        directions, inner_state = inner.update(
+            jax.tree.map(down, updates, *stored), state.inner, None, **extra_args
         )
-        return jax.tree.map(back, updates, directions, state.projector, state.projector_scale), state
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return jax.tree.map(back, updates, directions, *stored), GaloreState(count, *stored, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
