@@ -72,4 +72,4 @@ def test_trajectory_of_galore_adamw(monkeypatch, m, n, decay):
         p = (p + updates) * (1 - RATE * decay)  # the reference decays after the step
         np.testing.assert_allclose(p, theirs.detach().numpy().T, atol=1e-4)
     moved = np.linalg.norm(np.asarray(p) - start) / np.linalg.norm(start)
-    assert moved > 0.01  # 100 times the tolerance
+    assert moved > 0.005  # 50 times the tolerance

@@ -1,6 +1,7 @@
 """GaLore against float64 SVD, plain Muon on low-rank gradients, optax, and its own byte counts."""
 
 import functools
+import inspect
 
 import hypothesis
 import jax
@@ -152,10 +153,10 @@ def test_momentum_after_a_refresh_is_the_policys(policy, shape):
     wide = [with_spectrum((12, 20), 0.7 ** np.arange(12), seed) for seed in range(7)]
     want = momentum_in_full_space(policy, [g.astype(np.float64) for g in wide], 5, 0.9, 3)
     tx = small(optax.trace(0.9), 5, 3, 1.0, method="exact", momentum=policy)
-    state = tx.init(jnp.zeros(shape))
+    state, update = tx.init(jnp.zeros(shape)), jax.jit(tx.update)
     for g, expected in zip(wide, want, strict=True):
         turned = shape[0] > shape[1]
-        updates, state = tx.update(jnp.asarray(g.T if turned else g), state)
+        updates, state = update(jnp.asarray(g.T if turned else g), state)
         np.testing.assert_allclose(updates.T if turned else updates, expected, atol=1e-5)
 
 
@@ -177,8 +178,8 @@ def test_transport_turns_the_basis_by_procrustes_and_keeps_the_numbers():
 
 
 @pytest.mark.parametrize(("policy", "same"), [("rotate", True), ("transport", True), ("keep", False)])
-@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (2, 12, 40)])
-def test_muon_in_a_fixed_subspace_equals_plain_muon(policy, same, shape):
+@pytest.mark.parametrize(("shape", "method"), [((40, 12), "exact"), ((2, 12, 40), "randomized")])
+def test_muon_in_a_fixed_subspace_equals_plain_muon(policy, same, shape, method):
     """Gradients of rank 4 that share one subspace: rank 6 loses nothing, and Muon ignores the basis.
 
     Only the stored momentum can betray a change of basis, so "keep" must differ.
@@ -187,14 +188,15 @@ def test_muon_in_a_fixed_subspace_equals_plain_muon(policy, same, shape):
     short, long = min(m, n), max(m, n)
     space = normal((*lead, short, 4), 99)
     plain = float32_muon()
-    tx = small(float32_muon(), 6, 2, 1.0, momentum=policy)
+    tx = small(float32_muon(), 6, 2, 1.0, momentum=policy, method=method)
     a, b = plain.init(jnp.zeros(shape)), tx.init(jnp.zeros(shape))
+    want_update, got_update = jax.jit(plain.update), jax.jit(tx.update)
     worst = 0.0
     for seed in range(6):
         g = space @ (0.5 ** np.arange(4)[:, None] * normal((*lead, 4, long), seed)).astype(np.float32)
         g = jnp.asarray(g if m <= n else g.swapaxes(-1, -2))
-        want, a = plain.update(g, a)
-        got, b = tx.update(g, b)
+        want, a = want_update(g, a)
+        got, b = got_update(g, b)
         worst = max(worst, float(jnp.max(jnp.abs(got - want))))
     scale = 0.2 * np.sqrt(long)  # largest singular value of the updates
     assert worst < 2e-3 * scale if same else worst > 2e-2 * scale
@@ -238,10 +240,11 @@ def test_one_period_of_adam_equals_optax_galore():
     tx = small(optax.scale_by_adam(), 5, 20, 0.5, method="exact")
     theirs = optax.contrib.scale_by_galore(5, 20, 0.5, optax.scale_by_adam())
     a, b = tx.init(jnp.zeros((12, 12))), theirs.init(jnp.zeros((12, 12)))
+    ours, theirs = jax.jit(tx.update), jax.jit(theirs.update)
     for seed in range(12):
         g = jnp.asarray(with_spectrum((12, 12), 0.7 ** np.arange(12), seed))
-        got, a = tx.update(g, a)
-        want, b = theirs.update(g, b)
+        got, a = ours(g, a)
+        want, b = theirs(g, b)
         np.testing.assert_allclose(got, want, atol=2e-4)
 
 
@@ -249,10 +252,11 @@ def test_gradients_without_memory_equal_optax_galore_across_refreshes():
     tx = small(optax.identity(), 5, 3, 0.5, method="exact", momentum="keep")
     theirs = optax.contrib.scale_by_galore(5, 3, 0.5, optax.identity())
     a, b = tx.init(jnp.zeros((12, 12))), theirs.init(jnp.zeros((12, 12)))
+    ours, theirs = jax.jit(tx.update), jax.jit(theirs.update)
     for seed in range(8):
         g = jnp.asarray(with_spectrum((12, 12), 0.7 ** np.arange(12), seed))
-        got, a = tx.update(g, a)
-        want, b = theirs.update(g, b)
+        got, a = ours(g, a)
+        want, b = theirs(g, b)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -271,14 +275,12 @@ def test_leaves_that_are_not_projected_pass_unchanged(inner, rank, min_dim):
     assert jax.tree.leaves(b.projector) == []
 
 
-def test_rms_scale_gives_projected_muon_the_rms_of_plain_muon():
-    rng = jax.random.key(3)
-    for shape in ((32, 96), (96, 32)):
-        tx = small(float32_muon(), 8, scale="rms")
-        got, _ = tx.update(g := jax.random.normal(rng, shape), tx.init(g))
-        assert 0.17 < float(jnp.sqrt(jnp.mean(jnp.square(got)))) < 0.23
-        plain, _ = small(float32_muon(), 8, scale=1.0).update(g, tx.init(g))
-        np.testing.assert_allclose(got, 2.0 * plain, rtol=1e-6)  # sqrt(32 / 8)
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32)])
+def test_rms_scale_gives_projected_muon_the_rms_of_plain_muon(shape):
+    g = jnp.asarray(normal(shape))
+    tx = small(float32_muon(), 8, scale="rms", method="exact")
+    got, _ = jax.jit(tx.update)(g, tx.init(g))
+    assert 0.17 < float(jnp.sqrt(jnp.mean(jnp.square(got)))) < 0.23
 
 
 # --- refreshes ---
@@ -326,19 +328,20 @@ def test_random_matrices_depend_on_seed_step_and_path_only():
         return state.projector[name], after.projector[name]
 
     p, later = first({"w": g}, "w")
-    np.testing.assert_array_equal(p, first({"a": g, "w": g, "z": g}, "w")[0])
-    for other in (later, first({"v": g}, "v")[0], first({"w": g}, "w", seed=1)[0]):
+    np.testing.assert_array_equal(p, first({"a": g, "w": g}, "w")[0])
+    for other in (later, first({"a": g}, "a")[0], first({"w": g}, "w", seed=1)[0]):
         assert np.max(np.abs(p - other)) > 1e-2
     assert np.max(np.abs(p[0] - p[1])) > 1e-2  # layers of a stack draw their own
 
 
-@pytest.mark.parametrize("method", galore_lib.METHODS)
-@pytest.mark.parametrize("policy", galore_lib.POLICIES)
+@pytest.mark.parametrize(
+    ("method", "policy"), [("randomized", "rotate"), *(("exact", p) for p in galore_lib.POLICIES)]
+)
 def test_zero_gradients_give_zero_updates(method, policy):
     tx = small(optax.scale_by_adam(), 3, 2, method=method, momentum=policy, projector_bits=8)
-    state = tx.init(jnp.zeros((2, 8, 12)))
+    state, update = tx.init(jnp.zeros((2, 8, 12))), jax.jit(tx.update)
     for _ in range(4):
-        updates, state = tx.update(jnp.zeros((2, 8, 12)), state)
+        updates, state = update(jnp.zeros((2, 8, 12)), state)
         assert np.all(np.asarray(updates) == 0)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 
@@ -388,16 +391,26 @@ def test_refresh_flops_are_those_that_xla_counts():
 
 # --- what every transform must do ---
 
-# inner, settings: each policy, method, width of storage and kind of moment once.
+# inner, settings: each policy, method, width of storage and kind of moment. Random matrices are slow
+# to compile: two rows have them.
 ROWS = {
     "muon_rotate": (float32_muon, {"momentum": "rotate"}),
-    "muon_transport_8bit": (float32_muon, {"momentum": "transport", "projector_bits": 8}),
-    "adam_rotate_exact": (optax.scale_by_adam, {"momentum": "rotate", "method": "exact"}),
-    "adam_reset_16bit": (optax.scale_by_adam, {"momentum": "reset", "projector_bits": 16}),
+    "muon_transport_8bit": (
+        float32_muon,
+        {"momentum": "transport", "method": "exact", "projector_bits": 8},
+    ),
+    "adam_rotate": (optax.scale_by_adam, {"momentum": "rotate", "method": "exact"}),
+    "adam_reset_16bit": (
+        optax.scale_by_adam,
+        {"momentum": "reset", "method": "exact", "projector_bits": 16},
+    ),
     "lion_keep": (lion.scale_by_lion, {"momentum": "keep", "power_iterations": 2}),
 }
 rows = pytest.mark.parametrize(("inner", "settings"), ROWS.values(), ids=ROWS)
-SHAPES = {"attn": {"q": (8, 8, 8)}, "mlp": {"up": (8, 8, 32), "down": (8, 32, 8), "norm": (8, 4, 2)}}
+SHAPES = {
+    "attn": {"q": (8, 8, 32)},
+    "mlp": {"down": (8, 32, 8), "gate": (8, 4, 2)},
+}  # the last is not projected
 
 
 def make(inner, settings, learning_rate=0.1, gap=3):
@@ -456,26 +469,18 @@ def test_state_keeps_its_types_and_compiles_once(inner, settings):
 
 
 @rows
-def test_composes_with_chain_masked_partition_and_extra_args(inner, settings):
-    tx = make(inner, settings)
-    p, _ = run(tx)
-    mask = {"blocks": {"attn": {"q": True}, "mlp": {"up": True, "down": False, "norm": True}}}
+def test_composes_with_masked_and_partition(inner, settings):
+    tx = make(inner, settings, gap=1000)
+    mask = {"blocks": {"attn": {"q": True}, "mlp": {"down": False, "gate": True}}}
     labels = jax.tree.map(lambda m: "on" if m else "off", mask)
-    partitioned = optax.partition({"on": tx, "off": optax.set_to_zero()}, labels)
-    wrapped = optax.chain(optax.identity(), optax.masked(tx, mask))
-    for got in (run(partitioned)[0], run(wrapped)[0]):
-        # "down" no longer takes part in the staggering: the others' turns move
-        assert jax.tree.structure(got) == jax.tree.structure(p)
-    assert_close(run(partitioned)[0]["blocks"]["attn"], run(wrapped)[0]["blocks"]["attn"], 0)
-    np.testing.assert_array_equal(
-        run(partitioned)[0]["blocks"]["mlp"]["down"], tree(0)["blocks"]["mlp"]["down"]
-    )
-    # without a refresh in between, a leaf does not depend on which others there are
-    calm = make(inner, settings, gap=1000)
-    q, _ = run(optax.partition({"on": calm, "off": optax.set_to_zero()}, labels), range(2))
-    assert_close(q["blocks"]["attn"], run(calm, range(2))[0]["blocks"]["attn"], 1e-6)
-    updates, _ = tx.update(tree(1), tx.init(tree(0)), tree(0), loss=1.0, unknown="x")
-    jax.tree.map(np.testing.assert_array_equal, updates, tx.update(tree(1), tx.init(tree(0)), tree(0))[0])
+    want, _ = run(tx, range(2))
+    parts, _ = run(optax.partition({"on": tx, "off": optax.set_to_zero()}, labels), range(2))
+    masked, _ = run(optax.chain(optax.identity(), optax.masked(tx, mask)), range(2))
+    # without further refreshes, whose turns are shared out, no leaf depends on the others
+    for got in (parts, masked):
+        assert_close(got["blocks"]["attn"], want["blocks"]["attn"], 1e-5)
+        np.testing.assert_array_equal(got["blocks"]["mlp"]["gate"], want["blocks"]["mlp"]["gate"])
+    np.testing.assert_array_equal(parts["blocks"]["mlp"]["down"], tree(0)["blocks"]["mlp"]["down"])
 
 
 @rows
@@ -489,12 +494,12 @@ def test_inside_multi_steps_and_inject_hyperparams(inner, settings):
             assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(updates))
         p = optax.apply_updates(p, updates)
     means = [jax.tree.map(lambda a, b: (a + b) / 2, tree(i), tree(i + 1)) for i in (0, 2)]
-    q, plain = tree(0), tx.init(tree(0))
+    q, plain, alone = tree(0), tx.init(tree(0)), jax.jit(tx.update)
     for g in means:
-        updates, plain = tx.update(g, plain, q)
+        updates, plain = alone(g, plain, q)
         q = optax.apply_updates(q, updates)
     assert_close(p, q)
-    static = ("inner", "rank", "update_gap", "min_dim", "seed", *settings)
+    static = set(inspect.signature(galore).parameters) - {"scale"}
     injected = optax.inject_hyperparams(galore, static_args=static)(inner(), 4, 3, -0.1, 4, **settings)
     assert_close(run(injected)[0], run(tx)[0])
     assert float(injected.init(tree(0)).hyperparams["scale"]) == pytest.approx(-0.1)
@@ -503,15 +508,16 @@ def test_inside_multi_steps_and_inject_hyperparams(inner, settings):
 @rows
 def test_resumed_equals_uninterrupted_bit_for_bit(inner, settings, tmp_path):
     tx = make(inner, settings)
-    want = run(tx, range(6))
-    p, state = run(tx, range(4))  # refreshes lie before and behind
+    update = jax.jit(tx.update)
+    want = run(tx, range(6), update=update)
+    p, state = run(tx, range(4), update=update)  # refreshes lie before and behind
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "state", state)
         saver.wait_until_finished()
         state = saver.restore(tmp_path / "state", jax.eval_shape(tx.init, p))
     leaves = [np.asarray(x) for x in jax.tree.leaves(state)]
     state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, p)), leaves)
-    jax.tree.map(np.testing.assert_array_equal, run(tx, range(4, 6), p, state), want)
+    jax.tree.map(np.testing.assert_array_equal, run(tx, range(4, 6), p, state, update), want)
 
 
 @rows
