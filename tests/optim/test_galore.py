@@ -321,15 +321,20 @@ def test_random_matrices_depend_on_seed_step_and_path_only():
     g = jnp.asarray(normal((2, 16, 40)))
     g = g.at[1].set(g[0])
 
-    def first(tree, name, **settings):
-        tx = small(optax.identity(), 4, 1, momentum="keep", oversampling=0, power_iterations=0, **settings)
+    def make(seed):
+        return small(optax.identity(), 4, 1, momentum="keep", oversampling=0, power_iterations=0, seed=seed)
+
+    transforms = [make(0), make(1)]  # each compiles once per tree
+
+    def first(tree, name, seed=0):
+        tx = transforms[seed]
         _, state = tx.update(tree, tx.init(tree))
         _, after = tx.update(tree, state)
         return state.projector[name], after.projector[name]
 
     p, later = first({"w": g}, "w")
     np.testing.assert_array_equal(p, first({"a": g, "w": g}, "w")[0])
-    for other in (later, first({"a": g}, "a")[0], first({"w": g}, "w", seed=1)[0]):
+    for other in (later, first({"a": g, "w": g}, "a")[0], first({"w": g}, "w", seed=1)[0]):
         assert np.max(np.abs(p - other)) > 1e-2
     assert np.max(np.abs(p[0] - p[1])) > 1e-2  # layers of a stack draw their own
 
@@ -353,7 +358,7 @@ def test_zero_gradients_give_zero_updates(method, policy):
 def test_stored_projectors_stay_nearly_orthonormal(bits, error):
     g = jnp.asarray(normal((2, 64, 160)))
     tx = small(optax.identity(), 16, scale=1.0, method="exact", projector_bits=bits)
-    updates, state = tx.update({"w": g}, tx.init({"w": g}))
+    updates, state = jax.jit(tx.update)({"w": g}, tx.init({"w": g}))
     assert state.projector["w"].dtype == galore_lib.STORAGE[bits]
     p = np.asarray(galore_lib._decode(state.projector["w"], state.projector_scale["w"]), np.float64)
     gram = p.swapaxes(-1, -2) @ p
@@ -391,21 +396,20 @@ def test_refresh_flops_are_those_that_xla_counts():
 
 # --- what every transform must do ---
 
-# inner, settings: each policy, method, width of storage and kind of moment. Random matrices are slow
-# to compile: two rows have them.
+# inner, settings. Random matrices and Newton-Schulz are slow to compile: little of both.
+short_muon = functools.partial(float32_muon, steps=2)
 ROWS = {
-    "muon_rotate": (float32_muon, {"momentum": "rotate"}),
     "muon_transport_8bit": (
-        float32_muon,
+        short_muon,
         {"momentum": "transport", "method": "exact", "projector_bits": 8},
     ),
     "adam_rotate": (optax.scale_by_adam, {"momentum": "rotate", "method": "exact"}),
-    "adam_reset_16bit": (
-        optax.scale_by_adam,
+    "lion_reset_16bit": (
+        lion.scale_by_lion,
         {"momentum": "reset", "method": "exact", "projector_bits": 16},
     ),
-    "lion_keep": (lion.scale_by_lion, {"momentum": "keep", "power_iterations": 2}),
 }
+RANDOMIZED = {"muon_rotate_randomized": (short_muon, {"momentum": "rotate"})}
 rows = pytest.mark.parametrize(("inner", "settings"), ROWS.values(), ids=ROWS)
 SHAPES = {
     "attn": {"q": (8, 8, 32)},
@@ -441,7 +445,7 @@ def run(tx, steps=range(5), p=None, state=None, update=None):
 
 
 def kind(x):
-    return jnp.shape(x), jnp.asarray(x).dtype, jnp.asarray(x).weak_type
+    return x.shape, x.dtype, x.weak_type
 
 
 @rows
@@ -459,12 +463,7 @@ def test_state_keeps_its_types_and_compiles_once(inner, settings):
     assert all(x.is_deleted() for x in jax.tree.leaves(state) if x.ndim)  # donated
     assert len(traces) == 1
     assert kinds == jax.tree.map(kind, after)
-    shapes = jax.eval_shape(tx.init, tree(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-        lambda k: k[:2],
-        kinds,
-        is_leaf=lambda k: isinstance(k, tuple) and len(k) == 3 and isinstance(k[2], bool),
-    )
+    assert jax.tree.map(kind, jax.eval_shape(tx.init, tree(0))) == kinds
     assert_close(p, run(tx, update=tx.update)[0])  # without jit
 
 
@@ -500,9 +499,9 @@ def test_inside_multi_steps_and_inject_hyperparams(inner, settings):
         q = optax.apply_updates(q, updates)
     assert_close(p, q)
     static = set(inspect.signature(galore).parameters) - {"scale"}
-    injected = optax.inject_hyperparams(galore, static_args=static)(inner(), 4, 3, -0.1, 4, **settings)
-    assert_close(run(injected)[0], run(tx)[0])
-    assert float(injected.init(tree(0)).hyperparams["scale"]) == pytest.approx(-0.1)
+    injected = optax.inject_hyperparams(galore, static_args=static)(inner(), 4, 3, 1.0, 4, **settings)
+    assert_close(run(optax.chain(injected, optax.scale_by_learning_rate(0.1)))[0], run(tx, update=alone)[0])
+    assert float(injected.init(tree(0)).hyperparams["scale"]) == 1.0
 
 
 @rows
@@ -538,11 +537,11 @@ def test_minimizes_a_matrix_quadratic(inner, settings):
     assert float(loss(p)) < 0.02 * first
 
 
-LAYOUTS = {"layers": ("x",), "rows": (None, "x"), "columns": (None, None, "x"), "both": (None, "x", "y")}
-CASES = [("muon_rotate", layout) for layout in LAYOUTS] + [(row, "both") for row in ROWS]
+LAYOUTS = {"layers": ("x",), "rows": (None, "x"), "both": (None, "x", "y")}
+CASES = [("muon_rotate_randomized", "both"), ("muon_transport_8bit", "layers"), ("adam_rotate", "rows")]
 
 
-@pytest.mark.parametrize(("row", "layout"), dict.fromkeys(CASES))
+@pytest.mark.parametrize(("row", "layout"), CASES)
 def test_sharded_equals_unsharded(row, layout):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: XLA_FLAGS was set before this file was read")
@@ -555,7 +554,7 @@ def test_sharded_equals_unsharded(row, layout):
         parts = [a if a and s % mesh.shape[a] == 0 else None for s, a in zip(x.shape, spec, strict=False)]
         return NamedSharding(mesh, PartitionSpec(*parts))
 
-    tx = make(*ROWS[row])
+    tx = make(*(ROWS | RANDOMIZED)[row])
     shardings = jax.tree.map(on_mesh, jax.eval_shape(tx.init, tree(0)))
     put = lambda t: jax.device_put(t, jax.tree.map(on_mesh, t))  # noqa: E731
     p, state = put(tree(0)), jax.jit(tx.init, out_shardings=shardings)(put(tree(0)))
@@ -590,7 +589,7 @@ def test_state_that_cannot_be_rotated_is_named():
     with pytest.raises(ValueError, match=r"codes/w int8\(2, 4, 16\).*transport"):
         small(codes, 4).init(params)
     for policy in ("keep", "reset", "transport"):
-        tx = small(codes, 4, 1, momentum=policy)
+        tx = small(codes, 4, 1, momentum=policy, method="exact")
         state = tx.init(params)._replace(
             inner={"codes": {"w": jnp.ones((2, 4, 16), jnp.int8), "small": jnp.ones((2, 2, 2), jnp.int8)}}
         )
