@@ -63,7 +63,8 @@ SECOND_MOMENTS = ("nu", "nu_max")
 
 
 class GaloreState(NamedTuple):
-    """count: int32 [], updates so far. Trees like the parameters, MaskedNode where not projected:
+    """count: int32 [], updates so far. Trees like the parameters, MaskedNode where not projected
+    (checkpoints refuse empty arrays):
     projector: [..., min(m, n), rank], float32, bfloat16 or int8; zero before the first update.
     projector_scale: float32 [..., 1, rank] of int8 projectors, else MaskedNode everywhere.
     inner: the inner transform's state over the projected tree.
@@ -107,8 +108,8 @@ def galore(
         min_dim: smallest min(m, n) that is projected.
         method: "randomized" or "exact".
         oversampling, power_iterations: p and q of the randomized method, >= 0.
-        projector_bits: 32, 16 (bfloat16) or 8 (int8, one scale per column). Rounding leaves
-            the columns orthonormal up to about 1% only.
+        projector_bits: 32, 16 (bfloat16) or 8 (int8, one scale per column). Rounding moves the
+            eigenvalues of P^T P from 1 by up to 0.3% (bfloat16) or 1.4% (int8), measured.
         momentum: "keep", "reset", "rotate" or "transport", see above. "rotate" needs moments named
             mu, trace, nu or nu_max in R's shape; the others take any state.
         seed: of the random matrices, together with the update count and the leaf's path.
