@@ -101,6 +101,48 @@ class GroupConfig:
     scale: str = "original"  # one of the names in optim.muon.SCALES
     ns_dtype: str = "auto"  # Newton-Schulz products: auto = bfloat16 on GPU and TPU, float32 on CPU
     cautious: bool = False  # decay only where the update agrees in sign with the weight
+    state_bits: int = 32  # 32 = float32 moments | 8 = codes, see opt.codes
+
+
+@dataclass(frozen=True)
+class CodesConfig:
+    """How groups with state_bits = 8 store their moments (arXiv:2110.02861)."""
+
+    block: int = 128  # neighbours along the last axis that share a scale
+    momentum: str = "linear"  # linear | dynamic; a second moment is always dynamic and unsigned
+    rounding: str = "nearest"  # nearest | stochastic
+    scales: str = "float32"  # float32 | bfloat16
+
+
+@dataclass(frozen=True)
+class GaloreConfig:
+    """GaLore 2 (arXiv:2504.20437): the matrix group's direction works in low-rank subspaces."""
+
+    rank: int = 0  # columns of the projectors; 0 = no GaLore
+    update_gap: int = 200  # steps between two refreshes of a matrix's subspace
+    scale: float = 0.0  # factor on projected directions; 0 = sqrt(min(m, n) / rank): the RMS as without
+    min_dim: int = 256  # smallest side of a matrix that is projected
+    method: str = "randomized"  # randomized | exact
+    oversampling: int = 8  # further columns of the random sketch
+    power_iterations: int = 1
+    projector_bits: int = 32  # 32 | 16 (bfloat16) | 8
+    momentum: str = "transport"  # keep | reset | rotate | transport, see optim.galore
+
+
+@dataclass(frozen=True)
+class FoamConfig:
+    """FOAM (arXiv:2512.07112): the matrix group's moments are kept as means of blocks."""
+
+    level: int = 0  # blocks of 2^level neighbours; 0 = no folding
+    second_moment: str = "squared_mean"  # AdamW: squared_mean | mean_square
+
+
+@dataclass(frozen=True)
+class FireConfig:
+    """FIRE (arXiv:2602.08040): reinitialize the matrix group to isometries."""
+
+    steps: tuple[int, ...] = ()  # after so many updates; () = never
+    scale: str = "norm"  # fan | norm | unit: gain of the isometry
 
 
 @dataclass(frozen=True)
@@ -118,13 +160,17 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class OptConfig:
-    """The optimizer chain: outer(clip -> partition{group: direction -> decay -> lr})."""
+    """The optimizer chain: outer(clip -> partition{group: wrapped direction -> decay -> lr})."""
 
     matrix: GroupConfig = GroupConfig(name="muon", lr=0.02, beta1=0.95)
     embed: GroupConfig = GroupConfig(lr=0.03, beta1=0.8, beta2=0.95)
     head: GroupConfig = GroupConfig(lr=0.004, beta1=0.8, beta2=0.95)
     scalar: GroupConfig = GroupConfig(lr=0.01, beta1=0.8, beta2=0.95)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    codes: CodesConfig = field(default_factory=CodesConfig)
+    galore: GaloreConfig = field(default_factory=GaloreConfig)
+    foam: FoamConfig = field(default_factory=FoamConfig)
+    fire: FireConfig = field(default_factory=FireConfig)
     decay_to_zero: bool = False  # weight decay follows a cosine to 0 at the last step
     clip: float = 1.0  # global gradient norm; 0 = no clipping
     skip_nonfinite: int = 5  # non-finite steps in a row that are skipped before the run stops

@@ -81,8 +81,8 @@ def state_shardings(
 ) -> TrainState:
     """NamedSharding of every leaf of a TrainState of arrays or ShapeDtypeStructs.
 
-    A leaf whose path ends in a weight's path is laid out like that weight where the leading
-    dimensions agree (8-bit values, scales, momenta); everything else is replicated.
+    A leaf whose path ends in a weight's path is laid out like that weight in the dimensions that agree
+    (momenta, 8-bit codes and scales, projections); everything else is replicated.
     """
     shapes = flatten(specs)
     layouts = {path: partition(path, spec, mesh, rules) for path, spec in shapes.items()}
@@ -96,9 +96,8 @@ def state_shardings(
         entries = []
         for size, own, entry in zip(leaf.shape, shapes[owner].shape, layouts[owner], strict=False):
             parts = int(np.prod([mesh.shape[axis] for axis in _names(entry)]))
-            if size != own or size % parts:
-                break
-            entries.append(entry)
+            # A dimension of another size (projected, folded, one scale per block) is not split.
+            entries.append(entry if size == own and size % parts == 0 else None)
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     return jax.tree_util.tree_map_with_path(find, state)

@@ -5,10 +5,11 @@ Each check raises ConfigError with one sentence: what was expected, what was got
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanochat_jax.config import Config, DataConfig, GroupConfig, ModelConfig, OptConfig, TrainConfig
@@ -156,6 +157,11 @@ def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(g, key) < 1:
                 raise ConfigError(f"'{path}.{key}' must be in [0, 1), got {getattr(g, key)}")
+        if g.state_bits not in (8, 32):
+            raise ConfigError(f"'{path}.state_bits' must be 8 or 32, got {g.state_bits}")
+        if g.state_bits == 8 and group == "scalar":
+            raise ConfigError(f"'{path}.state_bits' has no effect because vectors keep float32 moments")
+    _validate_memory(o)
     s = o.schedule
     _choice("opt.schedule.kind", s.kind, ("wsd", "cosine", "linear"))
     _choice("opt.schedule.decay_shape", s.decay_shape, ("linear", "cosine", "sqrt"))
@@ -184,7 +190,72 @@ def _validate_opt(o: OptConfig, t: TrainConfig) -> None:
     _at_least("opt.spike_sigmas", o.spike_sigmas, 0)
 
 
+def _unused(path: str, settings: Any, why: str, keys: Iterable[str]) -> None:
+    """A changed setting of a technique that is off is a mistake."""
+    for key in keys:
+        if getattr(settings, key) != getattr(type(settings)(), key):
+            raise ConfigError(f"'{path}.{key}' has no effect because {why}")
+
+
+def _validate_memory(o: OptConfig) -> None:
+    """GaLore, FOAM, FIRE and 8-bit codes."""
+    c, g, f = o.codes, o.galore, o.foam
+    _at_least("opt.codes.block", c.block, 1)
+    _choice("opt.codes.momentum", c.momentum, ("linear", "dynamic"))
+    _choice("opt.codes.rounding", c.rounding, ("nearest", "stochastic"))
+    _choice("opt.codes.scales", c.scales, ("float32", "bfloat16"))
+    if all(getattr(o, group).state_bits == 32 for group in GROUPS):
+        _unused("opt.codes", c, "no group has state_bits = 8", ("block", "momentum", "rounding", "scales"))
+    for key, low in (
+        ("rank", 0), ("update_gap", 1), ("scale", 0), ("min_dim", 1), ("oversampling", 0), ("power_iterations", 0)
+    ):  # fmt: skip
+        _at_least(f"opt.galore.{key}", getattr(g, key), low)
+    _choice("opt.galore.method", g.method, ("randomized", "exact"))
+    _choice("opt.galore.momentum", g.momentum, ("keep", "reset", "rotate", "transport"))
+    if g.projector_bits not in (8, 16, 32):
+        raise ConfigError(f"'opt.galore.projector_bits' must be 8, 16 or 32, got {g.projector_bits}")
+    if not g.rank:
+        others = [field.name for field in dataclasses.fields(g) if field.name != "rank"]
+        _unused("opt.galore", g, "opt.galore.rank is 0", others)
+    if g.method == "exact":
+        _unused("opt.galore", g, "opt.galore.method is 'exact'", ("oversampling", "power_iterations"))
+    if (
+        g.rank
+        and g.momentum == "rotate"
+        and (o.matrix.state_bits == 8 or f.level or o.matrix.name == "normuon")
+    ):
+        raise ConfigError(
+            "'opt.galore.momentum' = 'rotate' needs plain float32 moments; use 'transport' with 8-bit, "
+            "folded or NorMuon state"
+        )
+    _at_least("opt.foam.level", f.level, 0)
+    _choice("opt.foam.second_moment", f.second_moment, ("squared_mean", "mean_square"))
+    if not f.level or o.matrix.name != "adamw":
+        why = "opt.foam.level is 0" if not f.level else f"opt.matrix.name is '{o.matrix.name}'"
+        _unused("opt.foam", f, why, ("second_moment",))
+    if f.level and o.matrix.name == "normuon":
+        raise ConfigError("'opt.foam.level' cannot fold NorMuon's state; use opt.matrix.name = 'muon'")
+    for step in o.fire.steps:
+        _at_least("opt.fire.steps", step, 0)
+    _choice("opt.fire.scale", o.fire.scale, ("fan", "norm", "unit"))
+    if not o.fire.steps:
+        _unused("opt.fire", o.fire, "opt.fire.steps is ()", ("scale",))
+
+
+def _validate_galore(c: Config) -> None:
+    """GaLore that projects no matrix of this model is a mistake."""
+    g, m = c.opt.galore, c.model
+    heads, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    sides = [min(m.dim, heads), min(m.dim, kv), min(m.dim, m.mlp_dim)]
+    if g.rank and not any(side >= g.min_dim and side > g.rank for side in sides):
+        raise ConfigError(
+            f"'opt.galore.rank' = {g.rank} projects nothing: the matrices' shorter sides are "
+            f"{', '.join(map(str, sides))}, and 'opt.galore.min_dim' is {g.min_dim}"
+        )
+
+
 def _validate_run(c: Config) -> None:
+    _validate_galore(c)
     if not c.name or any(ch in c.name for ch in "/\\ \t\n"):
         raise ConfigError(f"'name' must be a word without slashes or spaces, got {c.name!r}")
     if not 0 <= c.seed < 2**31:

@@ -40,7 +40,9 @@ TOO_SMALL = {
     "data.prefetch": 0, "data.max_bytes": -1, "opt.matrix.steps": 0, "opt.matrix.weight_decay": -0.1,
     "opt.embed.eps": 0.0, "opt.scalar.beta2": -0.1, "opt.schedule.warmup_steps": -1,
     "opt.schedule.rewarm_steps": -1, "opt.schedule.decay_fraction": -0.1, "opt.clip": -0.1,
-    "opt.skip_nonfinite": -1, "opt.spike_sigmas": -0.1, "opt.schedule.cycles": 0, "train.steps": 0, "train.microbatches": 0, "train.loss_chunk": 0,
+    "opt.skip_nonfinite": -1, "opt.spike_sigmas": -0.1, "opt.schedule.cycles": 0, "opt.codes.block": 0,
+    "opt.galore.rank": -1, "opt.galore.update_gap": 0, "opt.galore.scale": -0.1, "opt.galore.min_dim": 0,
+    "opt.galore.oversampling": -1, "opt.galore.power_iterations": -1, "opt.foam.level": -1, "opt.fire.steps": (-1,), "train.steps": 0, "train.microbatches": 0, "train.loss_chunk": 0,
     "ckpt.every_steps": -1, "ckpt.every_minutes": -0.1, "ckpt.keep_last": 0, "ckpt.keep_every_steps": -1,
     "ckpt.min_free_gb": -0.1, "eval.every_steps": -1, "eval.batches": -1, "eval.sample_tokens": -1,
     "log.every_steps": 0, "infer.max_tokens": 0, "infer.temperature": -0.1, "infer.top_k": -1,
@@ -170,6 +172,30 @@ def test_blocks_resolve(name):
         ({"opt__head__beta1": 1.0}, "must be in [0, 1)"),
         ({"opt__matrix__coefficients": "jordam"}, "Did you mean 'jordan'?"),
         ({"opt__schedule__kind": "wds"}, "Did you mean 'wsd'?"),
+        ({"opt__schedule__cycles": 2}, "no effect because opt.schedule.kind is 'wsd'"),
+        ({"opt__head__name": "normuon"}, "works on matrices only"),
+        ({"opt__matrix__ns_dtype": "float16"}, "Did you mean 'bfloat16'?"),
+        ({"opt__matrix__state_bits": 4}, "must be 8 or 32, got 4"),
+        ({"opt__codes__block": 64}, "no effect because no group has state_bits = 8"),
+        ({"opt__galore__update_gap": 50}, "no effect because opt.galore.rank is 0"),
+        ({"opt__galore__rank": 300}, "projects nothing: the matrices' shorter sides are 256, 256, 256"),
+        ({"opt__galore__rank": 64, "opt__galore__projector_bits": 4}, "must be 8, 16 or 32, got 4"),
+        ({"opt__galore__rank": 64, "opt__galore__momentum": "rotat"}, "Did you mean 'rotate'?"),
+        (
+            {"opt__galore__rank": 64, "opt__galore__momentum": "rotate", "opt__matrix__state_bits": 8},
+            "needs plain float32 moments",
+        ),
+        (
+            {"opt__galore__rank": 64, "opt__galore__method": "exact", "opt__galore__oversampling": 2},
+            "no effect because opt.galore.method is 'exact'",
+        ),
+        ({"opt__foam__second_moment": "mean_square"}, "no effect because opt.foam.level is 0"),
+        (
+            {"opt__foam__level": 1, "opt__foam__second_moment": "mean_square"},
+            "no effect because opt.matrix.name is 'muon'",
+        ),
+        ({"opt__foam__level": 1, "opt__matrix__name": "normuon"}, "cannot fold NorMuon's state"),
+        ({"opt__fire__scale": "unit"}, "no effect because opt.fire.steps is ()"),
         ({"opt__schedule__warmup_steps": 1000}, "must be less than 'train.steps'"),
         ({"opt__schedule__decay_fraction": 0.99}, "exceed the run; lower one"),
         ({"train__microbatches": 3}, "'data.batch' = 8 must be a multiple of 'train.microbatches' = 3"),
@@ -229,7 +255,21 @@ STEP = {
     "opt.spike_sigmas": 6.0, "opt.schedule.cycles": (2, {"opt.schedule.kind": "cosine"}),
     "opt.matrix.cautious": (True, {"opt.matrix.weight_decay": 0.1}),
     "opt.matrix.beta2": (0.5, {"opt.matrix.name": "adamw"}), "opt.matrix.eps": (1e-3, {"opt.matrix.name": "adamw"}),
+    "opt.matrix.state_bits": (8, {"model.dim": 64, "model.mlp_dim": 64}), "opt.embed.state_bits": 8,
+    "opt.head.state_bits": 8, "opt.foam.level": 1,
+    "opt.foam.second_moment": ("mean_square", {"opt.foam.level": 1, "opt.matrix.name": "adamw"}),
+    "opt.fire.steps": (3,), "opt.fire.scale": ("fan", {"opt.fire.steps": (3,)}),
+    "opt.galore.min_dim": (32, {"opt.galore.rank": 4, "opt.galore.min_dim": 16, "model.mlp_dim": 16}),
 }  # fmt: skip
+for _key, _value in {
+    "rank": 8, "update_gap": 100, "scale": 2.0, "method": "exact", "oversampling": 2, "power_iterations": 0,
+    "projector_bits": 16, "momentum": "keep",
+}.items():  # fmt: skip
+    STEP[f"opt.galore.{_key}"] = (_value, {"opt.galore.rank": 4, "opt.galore.min_dim": 16})
+for _key, _value in {
+    "block": 16, "momentum": "dynamic", "rounding": "stochastic", "scales": "bfloat16"
+}.items():  # fmt: skip
+    STEP[f"opt.codes.{_key}"] = (_value, {"opt.embed.state_bits": 8})
 for _group in ("embed", "head", "scalar"):
     STEP |= {
         f"opt.{_group}.name": "lion", f"opt.{_group}.lr": 0.5, f"opt.{_group}.weight_decay": 0.1,
@@ -257,11 +297,12 @@ REFUSED = {
     for g in ("embed", "head", "scalar")
     for k in ("steps", "coefficients", "scale", "ns_dtype")
 }
+REFUSED.add("opt.scalar.state_bits")  # vectors keep float32 moments
 
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
 def test_unread_settings_are_refused(key):
-    value = {"steps": 3, "coefficients": "jordan", "scale": "rms", "ns_dtype": "float32"}[
+    value = {"steps": 3, "coefficients": "jordan", "scale": "rms", "ns_dtype": "float32", "state_bits": 8}[
         key.rsplit(".", 1)[1]
     ]
     with pytest.raises(ConfigError, match=f"'{key}' has no effect because"):

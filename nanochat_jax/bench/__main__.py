@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.config import Config, nearest
@@ -11,25 +12,37 @@ FLAGS = {
     "blocks": cli.Flag(10, "timed blocks; the median counts"),
     "steps": cli.Flag(5, "steps per block"),
 }
-KINDS = ("throughput",)
 
 
-def main(cfg: Config, call: cli.Invocation) -> int:
-    """Run the benchmark that the first word names."""
-    cli.setup_runtime(cfg)
+def _throughput(cfg: Config, call: cli.Invocation) -> tuple[dict[str, Any], str]:
     from nanochat_jax.bench import throughput
 
     record = throughput.throughput(cfg, call.blocks, call.steps)
-    if call.json:
-        print(json.dumps(record, indent=1))
-        return 0
     step, mfu = record["step_ms"], record["mfu"]
-    print(
+    return record, (
         f"{record['tokens_per_second']:,.0f} tokens/s (step {step['median']:.1f} ms, "
         f"{step['min']:.1f} to {step['max']:.1f}), {record['model_flops_per_second'] / 1e9:,.0f} model GFLOP/s, "
         f"MFU {'unknown for this device' if mfu is None else f'{100 * mfu:.1f}%'}, "
         f"first call {record['first_call_seconds']:.1f} s on {record['devices']} x {record['device']}"
     )
+
+
+def _optimizers(cfg: Config, call: cli.Invocation) -> tuple[dict[str, Any], str]:
+    from nanochat_jax.bench import optimizers
+
+    record = optimizers.optimizers(call.blocks, call.steps)
+    return record, optimizers.table(record)
+
+
+# kind -> (benchmark, does it need --config)
+KINDS = {"throughput": (_throughput, True), "optimizers": (_optimizers, False)}
+
+
+def main(kind: str, cfg: Config, call: cli.Invocation) -> int:
+    """Run one benchmark; print its record or the text for people."""
+    cli.setup_runtime(cfg)
+    record, text = KINDS[kind][0](cfg, call)
+    print(json.dumps(record, indent=1) if call.json else text)
     return 0
 
 
@@ -40,4 +53,9 @@ if __name__ == "__main__":
             f"usage: python -m nanochat_jax.bench <kind> --config=...{nearest(kind, KINDS)}", file=sys.stderr
         )
         sys.exit(2)
-    cli.run(f"bench {kind or '<kind>'}", main, FLAGS)
+    cli.run(
+        f"bench {kind or '<kind>'}",
+        lambda cfg, call: main(kind, cfg, call),
+        FLAGS,
+        needs_config=KINDS.get(kind, (None, True))[1],
+    )

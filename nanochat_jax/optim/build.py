@@ -1,9 +1,11 @@
-"""From settings to one optax transform: skip(clip -> partition{group: direction -> decay -> rate}).
+"""From settings to one optax transform:
+outer(clip -> partition{group: wrappers(direction) -> decay -> rate}).
 
 The dicts below are the only places where a name becomes a transform. Parameters are told apart
 by their paths (LABEL_RULES), never by rank: a stack of norm gains has rank 2 as well.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -13,7 +15,7 @@ import optax
 
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import GROUPS, GroupConfig, OptConfig
-from nanochat_jax.optim import lion, muon, normuon, schedules, skip
+from nanochat_jax.optim import fire, foam, galore, lion, muon, normuon, quantized, schedules, skip
 from nanochat_jax.types import Metrics
 
 # Lays a stack of matrices out over devices before work that needs them whole; None = as they are.
@@ -27,8 +29,20 @@ OPTIMIZERS: dict[str, Callable[[GroupConfig, Constrain], optax.GradientTransform
     "lion": lambda g, _: lion.scale_by_lion(g.beta1, g.beta2),
 }
 
+# Applied in order to a group's direction (transform, group's name, settings, seed), innermost first:
+# GaLore over 8-bit codes of folded moments. Each is the identity at its setting's neutral value.
+Wrapper = Callable[[optax.GradientTransformation, str, OptConfig, int], optax.GradientTransformation]
+WRAPPERS: dict[str, Wrapper] = {
+    "foam": lambda tx, name, cfg, seed: _folded(tx, cfg) if name == "matrix" and cfg.foam.level else tx,
+    "codes": lambda tx, name, cfg, seed: _coded(tx, cfg, seed) if getattr(cfg, name).state_bits == 8 else tx,
+    "galore": lambda tx, name, cfg, seed: (
+        _galore(tx, cfg, seed) if name == "matrix" and cfg.galore.rank else tx
+    ),
+}
+
 # Applied in order to the complete transform, each a no-op at its setting's neutral value.
 OUTER: dict[str, Callable[[optax.GradientTransformation, OptConfig], optax.GradientTransformation]] = {
+    "fire": lambda tx, cfg: fire.fire(tx, _matrices, cfg.fire.steps, scale=cfg.fire.scale),
     "skip_spikes": lambda tx, cfg: skip.skip_spikes(tx, cfg.spike_sigmas) if cfg.spike_sigmas else tx,
     "skip_nonfinite": lambda tx, cfg: skip.skip_nonfinite(tx) if cfg.skip_nonfinite else tx,
 }
@@ -55,6 +69,7 @@ def build(
     start_factor: float | None = None,
     start_step: int = 0,
     constrain: Constrain = None,
+    seed: int = 0,
 ) -> tuple[optax.GradientTransformation, Schedules]:
     """The optimizer of a run, and its learning rates.
 
@@ -65,6 +80,7 @@ def build(
             (`schedules.check_extension` returns it); None = the plain schedule.
         start_step: first update of the extension.
         constrain: see `muon.scale_by_muon`; `parallel.over_layers(mesh)` where there is a mesh.
+        seed: of random subspaces and stochastic rounding.
 
     Returns: (tx, schedules). `tx` needs `params` in update; weight decay is decoupled and
         multiplied by the learning rate. `schedules` maps each group to a function from the count
@@ -80,7 +96,9 @@ def build(
     rates = {name: _times(group.lr, factor) for name, group in groups.items()}
     transforms: dict[Hashable, optax.GradientTransformation] = {
         name: optax.chain(
-            direction(group, constrain), decay(group, shrink), optax.scale_by_learning_rate(rates[name])
+            direction(name, cfg, constrain, seed),
+            decay(group, shrink),
+            optax.scale_by_learning_rate(rates[name]),
         )
         for name, group in groups.items()
     }
@@ -91,14 +109,49 @@ def build(
     return tx, rates
 
 
-def direction(group: GroupConfig, constrain: Constrain = None) -> optax.GradientTransformation:
-    """The direction that a group's settings name.
+def direction(
+    name: str, cfg: OptConfig, constrain: Constrain = None, seed: int = 0
+) -> optax.GradientTransformation:
+    """The direction that a group's settings name, in its wrappers.
 
     Raises: ValueError for an unknown optimizer.
     """
+    group: GroupConfig = getattr(cfg, name)
     if group.name not in OPTIMIZERS:
         raise ValueError(f"no optimizer '{group.name}'; known: {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[group.name](group, constrain)
+    shaped = group.name in ("muon", "normuon") and name == "matrix" and cfg.galore.rank
+    inner = dataclasses.replace(group, scale="unit") if shaped else group
+    tx = OPTIMIZERS[group.name](inner, constrain)
+    for wrapper in WRAPPERS.values():
+        tx = wrapper(tx, name, cfg, seed)
+    # GaLore shows Muon projected shapes; the factor by shape belongs to the real ones.
+    return optax.chain(tx, muon.scale_by_shape(group.scale)) if shaped else tx
+
+
+def _folded(tx: optax.GradientTransformation, cfg: OptConfig) -> optax.GradientTransformation:
+    group, level = cfg.matrix, cfg.foam.level
+    if group.name == "adamw":  # the paper's formulas; not those of Adam with folded storage
+        return foam.scale_by_foam_adam(level, group.beta1, group.beta2, group.eps, cfg.foam.second_moment)
+    return foam.fold_state(tx, level)
+
+
+def _coded(tx: optax.GradientTransformation, cfg: OptConfig, seed: int) -> optax.GradientTransformation:
+    c = cfg.codes
+    codes = {"mu": c.momentum, "nu": "dynamic_unsigned"}
+    return quantized.quantize_state(tx, codes, c.block, c.rounding, seed, c.scales)
+
+
+def _galore(tx: optax.GradientTransformation, cfg: OptConfig, seed: int) -> optax.GradientTransformation:
+    g = cfg.galore
+    return galore.galore(
+        tx, g.rank, g.update_gap, g.scale or "rms", g.min_dim, g.method, g.oversampling,
+        g.power_iterations, g.projector_bits, g.momentum, seed,
+    )  # fmt: skip
+
+
+def _matrices(tree: Any) -> Any:
+    """Which leaves belong to the matrix group."""
+    return jax.tree.map(lambda label: label == "matrix", labels(tree))
 
 
 def _muon(group: GroupConfig, constrain: Constrain) -> optax.GradientTransformation:

@@ -62,6 +62,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "original": lambda m, n: math.sqrt(max(1.0, n / m)),
     "rms": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # update RMS near 0.2, as AdamW's
     "spectral": lambda m, n: math.sqrt(n / m),
+    "unit": lambda m, n: 1.0,
 }
 
 SPAN = 3  # steps taken on the Gram matrix before returning to X (float32, long matrices)
@@ -209,6 +210,19 @@ def scale_by_muon(
         return jax.tree.map(orthogonalize, updates, ahead), MuonState(count, mu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_shape(scale: str) -> optax.GradientTransformation:
+    """Multiply each matrix [..., m, n] by its factor in SCALES.
+
+    For Muon inside a wrapper that shows it other shapes: scale_by_muon(scale="unit") there, this behind.
+    Raises: ValueError for an unknown name.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"no scale '{scale}'; known: {', '.join(SCALES)}")
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda u: SCALES[scale](*u.shape[-2:]) * u, updates)
+    )
 
 
 def muon(

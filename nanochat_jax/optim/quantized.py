@@ -162,7 +162,7 @@ def quantize_state(
     """Store moments of a transform in 8 bits.
 
     A moment is a field of a NamedTuple anywhere in inner's state that is named in `codes` and holds
-    a tree with the parameters' paths and shapes: mu of `optax.scale_by_adam`, `scale_by_lion` or
+    a tree with the parameters' paths and shapes (rows may be folded, see `foam`): mu of `optax.scale_by_adam`, `scale_by_lion` or
     `scale_by_muon`, also inside `optax.chain` and the like. Moments of parameters with fewer than
     min_size elements or of rank < 2 stay as inner made them, as does every other field.
 
@@ -249,7 +249,7 @@ def _find(tree: Any, like: Any, codes: Mapping[str, str], min_size: int) -> list
     def code_of(path: tuple, x: Any) -> str | None:
         names = (getattr(key, "name", None) for key in path)  # only fields have one
         fields = (
-            codes[n] for i, n in enumerate(names) if n in codes and shapes.get(path[i + 1 :]) == x.shape
+            codes[n] for i, n in enumerate(names) if n in codes and _is_like(x, shapes.get(path[i + 1 :]))
         )
         return next(fields, None)
 
@@ -259,6 +259,13 @@ def _find(tree: Any, like: Any, codes: Mapping[str, str], min_size: int) -> list
         raise ValueError(f"the inner state has no field {' or '.join(codes)} shaped like the parameters")
     large = [x.ndim >= 2 and x.size >= min_size for _, x in leaves]
     return [code if fits else None for code, fits in zip(found, large, strict=True)]
+
+
+def _is_like(x: Any, shape: tuple[int, ...] | None) -> bool:
+    """Whether a leaf has a parameter's shape, or that with its rows folded (`foam.fold_state`)."""
+    return shape is not None and (
+        x.shape == shape or (x.shape[:-1] == shape[:-1] and x.ndim > 1 and shape[-1] % x.shape[-1] == 0)
+    )
 
 
 def _to_blocks(x: jax.Array, block: int) -> jax.Array:

@@ -68,7 +68,7 @@ class Parts:
         self.loss_fn = losses.make_loss(cfg.model, cfg.train.loss, cfg.train.loss_chunk)
         self.mesh = parallel.mesh(cfg.mesh)
         spread = parallel.over_layers(self.mesh)
-        self.tx, self.schedules = optim.build(cfg.opt, cfg.train.steps, factor, start, spread)
+        self.tx, self.schedules = optim.build(cfg.opt, cfg.train.steps, factor, start, spread, cfg.seed)
         self.init = lambda key: steps.new_state(params_lib.init_params(self.specs, key), self.tx)
         self.shapes = jax.eval_shape(self.init, jax.random.key(0))
         self.layout = parallel.state_shardings(self.shapes, self.specs, self.mesh)
