@@ -101,8 +101,13 @@ def skip_spikes(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        counts = (jnp.zeros([], jnp.int32) for _ in range(3))
-        return SpikeState(jnp.full([window], jnp.inf, jnp.float32), *counts, inner.init(params))
+        return SpikeState(
+            logs=jnp.full([window], jnp.inf, jnp.float32),
+            seen=jnp.zeros([], jnp.int32),
+            total=jnp.zeros([], jnp.int32),
+            consecutive=jnp.zeros([], jnp.int32),
+            inner=inner.init(params),
+        )
 
     def update(updates, state, params=None, **extra_args):
         log = jnp.log(jnp.maximum(optax.tree.norm(updates).astype(jnp.float32), 1e-30))

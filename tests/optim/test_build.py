@@ -9,9 +9,18 @@ import optax
 import pytest
 
 from nanochat_jax import optim
-from nanochat_jax.config import GROUPS, GroupConfig, OptConfig, ScheduleConfig
+from nanochat_jax.config import (
+    GROUPS,
+    FireConfig,
+    FoamConfig,
+    GaloreConfig,
+    GroupConfig,
+    OptConfig,
+    ScheduleConfig,
+)
 from nanochat_jax.optim import muon
 from nanochat_jax.optim.build import add_cautious_decay
+from nanochat_jax.params import flatten
 
 CONSTANT = ScheduleConfig(warmup_steps=0, decay_fraction=0.0, floor=1.0)
 SHAPES = {
@@ -253,3 +262,42 @@ def test_errors():
         tx, _ = optim.build(OptConfig(scalar=GroupConfig(name="muon")), 100)
         tx.init({**tree(0), "blocks": {"value_gate": jnp.ones(2)}})
     assert "norm" in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", ["original", "rms", "spectral"])
+def test_galore_keeps_the_size_of_muons_updates(scale):
+    """The factor by shape is that of the matrix, not of its projection."""
+    shapes = {"attn": {"q": (2, 64, 64)}, "mlp": {"up": (2, 64, 256), "down": (2, 256, 64)}}
+    rng = np.random.default_rng(0)
+    draw = lambda s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    tree = {"blocks": jax.tree.map(draw, shapes, is_leaf=lambda s: isinstance(s, tuple))}
+    rms = []
+    for settings in (GaloreConfig(), GaloreConfig(rank=16, min_dim=64)):
+        matrix = GroupConfig(name="muon", lr=1.0, scale=scale)
+        tx, _ = optim.build(OptConfig(matrix=matrix, galore=settings, schedule=CONSTANT, clip=0.0), 10)
+        updates, _ = tx.update(tree, tx.init(tree), tree)
+        rms.append(jax.tree.map(lambda u: float(jnp.sqrt(jnp.mean(u * u))), updates))
+    for plain, projected in zip(*map(jax.tree.leaves, rms), strict=True):
+        np.testing.assert_allclose(projected, plain, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "paths"),
+    [
+        ({"galore": GaloreConfig(rank=8, min_dim=64)}, ["projector/blocks/mlp/up", "inner/mu/blocks/mlp/up"]),
+        ({"foam": FoamConfig(level=1)}, ["mu/blocks/mlp/up"]),
+        (
+            {"foam": FoamConfig(level=1), "galore": GaloreConfig(rank=8, min_dim=64)},
+            ["projector/blocks/mlp/up", "inner/mu/blocks/mlp/up"],
+        ),
+        ({"fire": FireConfig(steps=(3,))}, ["inner/1/inner_states/matrix"]),
+    ],
+)
+def test_wrappers_reach_the_matrix_group_and_no_other(settings, paths):
+    tree = {"blocks": {"mlp": {"up": jnp.ones((1, 64, 128))}}, "embed": jnp.ones((64, 128))}
+    tx, _ = optim.build(OptConfig(schedule=CONSTANT, skip_nonfinite=0, **settings), 10)
+    found = flatten(jax.eval_shape(tx.init, tree))
+    for path in paths:
+        assert any(path in name for name in found), (path, list(found))
+    embed = [x.shape for name, x in found.items() if name.endswith("/embed")]
+    assert embed == [(64, 128), (64, 128)]  # AdamW's moments, whole
