@@ -1,7 +1,8 @@
 """What every transform must do: one row per optimizer or wrapper.
 
 Quantized, GaLore, FOAM and FIRE answer to the same properties in their own files, in nestings and with
-what is theirs alone."""
+what is theirs alone.
+"""
 
 import os
 

@@ -305,11 +305,26 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, child_env):
     assert again.returncode == 0 and f"continuing at step {stopped}" in again.stderr
 
 
+CHAINS = {
+    "plain": [],
+    "galore over 8-bit muon": [
+        "--config.opt.galore.rank=16", "--config.opt.galore.min_dim=32", "--config.opt.galore.update_gap=3",
+        "--config.opt.matrix.state_bits=8", "--config.opt.codes.rounding=stochastic", "--config.opt.spike_sigmas=6",
+    ],
+    "8-bit foam(adamw), 8-bit lion, fire": [
+        "--config.opt.matrix.name=adamw", "--config.opt.foam.level=1", "--config.opt.matrix.state_bits=8",
+        "--config.opt.head.name=lion", "--config.opt.head.state_bits=8", "--config.opt.fire.steps=(3,7)",
+    ],
+    "normuon": ["--config.opt.matrix.name=normuon"],
+}  # fmt: skip
+
+
 @pytest.mark.multiprocess
-def test_verify_resume_command(child_env):
+@pytest.mark.parametrize("chain", CHAINS)
+def test_verify_resume_command(child_env, chain):
     command = [
         sys.executable, "-m", "nanochat_jax.train", "--config=configs/smoke.py", "--verify_resume",
-        "--config.train.steps=10", "--config.data.max_bytes=600000",
+        "--config.train.steps=10", "--config.data.max_bytes=600000", *CHAINS[chain],
     ]  # fmt: skip
     result = subprocess.run(command, env=child_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
