@@ -77,7 +77,8 @@ def log_metrics(
             sums[name] = sums.get(name, 0.0) + value
         count += 1
         if step % cfg.log.every_steps and step != cfg.train.steps:
-            progress.bar(step, None)
+            left = (cfg.train.steps - step) * 1e-3 * sums["perf/step_ms"] / count
+            progress.bar(step, left or None)
             return
         now = clock()
         # The clock of the interval, but at least what its steps took: when the interval is a single
