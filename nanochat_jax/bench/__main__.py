@@ -11,6 +11,7 @@ FLAGS = {
     "json": cli.Flag(False, "print the whole record as JSON"),
     "blocks": cli.Flag(10, "timed blocks; the median counts"),
     "steps": cli.Flag(5, "steps per block"),
+    "trees": cli.Flag("", "optimizers: parameter trees, e.g. tiny,config_a; default all"),
 }
 
 
@@ -30,7 +31,11 @@ def _throughput(cfg: Config, call: cli.Invocation) -> tuple[dict[str, Any], str]
 def _optimizers(cfg: Config, call: cli.Invocation) -> tuple[dict[str, Any], str]:
     from nanochat_jax.bench import optimizers
 
-    record = optimizers.optimizers(call.blocks, call.steps)
+    trees = tuple(filter(None, call.trees.split(","))) or tuple(optimizers.TREES)
+    for tree in trees:
+        if tree not in optimizers.TREES:
+            raise cli.UsageError(f"--trees: no tree '{tree}'{nearest(tree, optimizers.TREES)}")
+    record = optimizers.optimizers(call.blocks, call.steps, trees)
     return record, optimizers.table(record)
 
 

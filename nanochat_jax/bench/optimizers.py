@@ -14,6 +14,7 @@ import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -154,17 +155,17 @@ def measure_times(tree: str, blocks: int, steps: int) -> dict[str, dict[str, flo
     }
 
 
-def optimizers(blocks: int, steps: int) -> dict[str, Any]:
-    """The whole report; JSON-able."""
+def optimizers(blocks: int, steps: int, trees: Sequence[str] = tuple(TREES)) -> dict[str, Any]:
+    """The whole report on some trees; JSON-able."""
     device = jax.devices()[0]
     return {
-        "memory": {tree: {chain: measure_memory(chain, tree) for chain in CHAINS} for tree in TREES},
-        "times": {tree: measure_times(tree, blocks, steps) for tree in TIMED},
+        "memory": {tree: {chain: measure_memory(chain, tree) for chain in CHAINS} for tree in trees},
+        "times": {tree: measure_times(tree, blocks, steps) for tree in TIMED if tree in trees},
         "parameters": {
-            tree: sum(math.prod(x.shape) for x in jax.tree.leaves(shapes_of(model)))
-            for tree, (model, _) in TREES.items()
+            tree: sum(math.prod(x.shape) for x in jax.tree.leaves(shapes_of(TREES[tree][0])))
+            for tree in trees
         },
-        "ranks": {tree: rank for tree, (_, rank) in TREES.items()},
+        "ranks": {tree: TREES[tree][1] for tree in trees},
         "blocks": blocks, "steps_per_block": steps, "update_gap": GAP,
         "device": device.device_kind, "jax": jax.__version__,
     }  # fmt: skip

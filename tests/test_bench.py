@@ -1,0 +1,43 @@
+"""The benchmark commands, as typed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def run(child_env, *arguments):
+    command = [sys.executable, "-m", "nanochat_jax.bench", *arguments]
+    return subprocess.run(command, env=child_env, capture_output=True, text=True)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optimizer"], "Did you mean 'optimizers'?"),
+        ([], "known: optimizers, throughput"),
+        (["throughput"], "--config is missing"),
+        (["optimizers", "--trees=tinny"], "no tree 'tinny'. Did you mean 'tiny'?"),
+    ],
+)
+def test_mistakes(child_env, arguments, message):
+    result = run(child_env, *arguments)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.multiprocess
+def test_throughput_of_the_smoke_model(child_env):
+    result = run(child_env, "throughput", "--config=smoke", "--json", "--blocks=2", "--steps=1")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["tokens_per_second"] > 0 and record["step_ms"]["min"] <= record["step_ms"]["median"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_optimizers_on_the_tiny_tree(child_env):
+    result = run(child_env, "optimizers", "--trees=tiny", "--blocks=1", "--steps=1")
+    assert result.returncode == 0, result.stderr
+    assert "tiny: 5." in result.stdout and "galore(muon 8-bit)" in result.stdout
