@@ -30,7 +30,7 @@ CHAINS = {
     "galore(adamw)": [*ADAMW, *GALORE],
     "foam 1 (adamw)": [*ADAMW, "--config.opt.foam.level=1"],
 }
-RATES = {False: (0.01, 0.02, 0.04), True: (0.002, 0.005, 0.0125)}  # of Muon's and of AdamW's chains
+RATES = {False: (0.01, 0.02), True: (0.0025, 0.005)}  # of Muon's and of AdamW's chains
 
 arms = {
     f"{name}, {rate}": [*extra, f"--config.opt.matrix.lr={rate}"]
