@@ -19,22 +19,13 @@ def _throughput(cfg: Config, call: cli.Invocation) -> tuple[dict[str, Any], str]
     from nanochat_jax.bench import throughput
 
     record = throughput.throughput(cfg, call.blocks, call.steps)
-    step, mfu = record["step_ms"], record["mfu"]
-    return record, (
-        f"{record['tokens_per_second']:,.0f} tokens/s (step {step['median']:.1f} ms, "
-        f"{step['min']:.1f} to {step['max']:.1f}), {record['model_flops_per_second'] / 1e9:,.0f} model GFLOP/s, "
-        f"MFU {'unknown for this device' if mfu is None else f'{100 * mfu:.1f}%'}, "
-        f"first call {record['first_call_seconds']:.1f} s on {record['devices']} x {record['device']}"
-    )
+    return record, throughput.line(record)
 
 
 def _optimizers(cfg: Config, call: cli.Invocation) -> tuple[dict[str, Any], str]:
     from nanochat_jax.bench import optimizers
 
     trees = tuple(filter(None, call.trees.split(","))) or tuple(optimizers.TREES)
-    for tree in trees:
-        if tree not in optimizers.TREES:
-            raise cli.UsageError(f"--trees: no tree '{tree}'{nearest(tree, optimizers.TREES)}")
     record = optimizers.optimizers(call.blocks, call.steps, trees)
     return record, optimizers.table(record)
 

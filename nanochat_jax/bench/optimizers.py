@@ -23,12 +23,14 @@ import jax.numpy as jnp
 from nanochat_jax import optim
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import (
+    ConfigError,
     FoamConfig,
     GaloreConfig,
     GroupConfig,
     ModelConfig,
     OptConfig,
     ScheduleConfig,
+    nearest,
 )
 from nanochat_jax.model import transformer
 from nanochat_jax.optim import memory
@@ -156,7 +158,10 @@ def measure_times(tree: str, blocks: int, steps: int) -> dict[str, dict[str, flo
 
 
 def optimizers(blocks: int, steps: int, trees: Sequence[str] = tuple(TREES)) -> dict[str, Any]:
-    """The whole report on some trees; JSON-able."""
+    """The whole report on some trees; JSON-able. Raises: ConfigError for an unknown tree."""
+    for tree in trees:
+        if tree not in TREES:
+            raise ConfigError(f"--trees: no tree '{tree}'{nearest(tree, TREES)}")
     device = jax.devices()[0]
     return {
         "memory": {tree: {chain: measure_memory(chain, tree) for chain in CHAINS} for tree in trees},

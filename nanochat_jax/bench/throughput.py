@@ -68,3 +68,14 @@ def throughput(cfg: Config, blocks: int = 10, steps: int = 5, warmup: int = 3) -
         "device": device.device_kind, "devices": count, "jax": jax.__version__,
         "model": dataclasses.asdict(cfg.model), "batch": cfg.data.batch, "seq_len": cfg.data.seq_len,
     }  # fmt: skip
+
+
+def line(record: dict[str, Any]) -> str:
+    """The record for people."""
+    step, mfu = record["step_ms"], record["mfu"]
+    return (
+        f"{record['tokens_per_second']:,.0f} tokens/s (step {step['median']:.1f} ms, "
+        f"{step['min']:.1f} to {step['max']:.1f}), {record['model_flops_per_second'] / 1e9:,.0f} model GFLOP/s, "
+        f"MFU {'unknown for this device' if mfu is None else f'{100 * mfu:.1f}%'}, "
+        f"first call {record['first_call_seconds']:.1f} s on {record['devices']} x {record['device']}"
+    )
