@@ -36,6 +36,16 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class MhcConfig:
+    """mHC (arXiv:2512.24880): the residual is several streams, mixed without amplification."""
+
+    streams: int = 1  # 1 = an ordinary residual
+    form: str = "sinkhorn"  # sinkhorn | permutation (exact, up to 4 streams) | unconstrained
+    iterations: int = 20  # of Sinkhorn-Knopp: columns, then rows
+    dynamic: bool = True  # coefficients depend on the token; False = constants of each sublayer
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape and block options of the transformer."""
 
@@ -62,6 +72,7 @@ class ModelConfig:
     residual_scalars: bool = False  # learned scale of the stream before each layer
     x0_scalars: bool = False  # learned share of the embedding added before each layer
     loop: LoopConfig = field(default_factory=LoopConfig)
+    mhc: MhcConfig = field(default_factory=MhcConfig)
     quant: str = "full"  # one of QUANT_PRESETS: which matrices are ternary
     quant_group: int = 0  # inputs that share one ternary scale; 0 = one scale per matrix
     dtype: str = "auto"  # compute dtype: auto = bfloat16 on GPU and TPU, float32 on CPU

@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanochat_jax.config import Config, DataConfig, GroupConfig, ModelConfig, OptConfig, TrainConfig
+    from nanochat_jax.config import (
+        Config,
+        DataConfig,
+        GroupConfig,
+        MhcConfig,
+        ModelConfig,
+        OptConfig,
+        TrainConfig,
+    )
 
 
 class ConfigError(ValueError):
@@ -80,6 +88,7 @@ def _validate_model(m: ModelConfig) -> None:
         raise ConfigError("'model.loop.norm' has no effect because model.loop.count is 1")
     if m.qk_gain != 1.0 and m.qk_norm == "none":
         raise ConfigError("'model.qk_gain' has no effect because model.qk_norm is 'none'")
+    _validate_mhc(m.mhc)
     for window in m.window:
         _at_least("model.window", window, 0)
     if m.quant_group:
@@ -99,6 +108,21 @@ def _validate_model(m: ModelConfig) -> None:
                 f"'model.unroll' = {m.unroll} must be a multiple of {period}, the period of "
                 "model.window and model.value_embed_every, or 0"
             )
+
+
+def _validate_mhc(c: MhcConfig) -> None:
+    _at_least("model.mhc.streams", c.streams, 1)
+    _at_least("model.mhc.iterations", c.iterations, 1)
+    _choice("model.mhc.form", c.form, ("sinkhorn", "permutation", "unconstrained"))
+    if c.streams == 1:
+        _unused("model.mhc", c, "model.mhc.streams is 1", ("form", "iterations", "dynamic"))
+    if c.form != "sinkhorn":
+        _unused("model.mhc", c, f"model.mhc.form is '{c.form}'", ("iterations",))
+    if c.form == "permutation" and c.streams > 4:
+        raise ConfigError(
+            f"'model.mhc.streams' must be at most 4 where model.mhc.form is 'permutation' (S! matrices), "
+            f"got {c.streams}"
+        )
 
 
 def layer_period(m: ModelConfig) -> int:

@@ -1,6 +1,7 @@
 """The transformer: its table of weights, and its forward pass as a pure function.
 
 embed -> R loops of N layers (attention, MLP) -> norm -> hidden. One loop is the ordinary model.
+The residual between them is one stream [B, L, D], or several [B, L, S, D] (model/mhc.py).
 Layers are stacked on a leading axis and scanned, `unroll` of them per scan step; options that
 differ by layer (window, value embeddings) repeat with a period that divides `unroll`.
 The same function trains and, given a cache, serves.
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from nanochat_jax import params as P
 from nanochat_jax.config import ModelConfig, layer_period, padded_vocab, value_layers
 from nanochat_jax.kernels import attention, dispatch
+from nanochat_jax.model import mhc
 from nanochat_jax.model.layers import MLPS, rms_norm, rotary_table, rotate
 from nanochat_jax.params import ParamSpec
 from nanochat_jax.quant.project import Project
@@ -49,6 +51,9 @@ def param_specs(cfg: ModelConfig) -> dict:
         "embed": ParamSpec((V, D), ("vocab", "embed"), P.normal(cfg.embed_std)),
         "blocks": {"attn": attn, "mlp": mlp},
     }
+    if cfg.mhc.streams > 1:
+        specs["blocks"]["attn"] |= {"mhc": mhc.param_specs(cfg, 0)}
+        specs["blocks"]["mlp"] |= {"mhc": mhc.param_specs(cfg, 1)}
     if cfg.norm == "weighted":
         attn["norm"], mlp["norm"] = gain(D), gain(D)
         if cfg.sub_norm:
@@ -115,10 +120,11 @@ def forward(
 ) -> Output:
     """Hidden states of packed rows, or of the next tokens of cached sequences.
 
-    Args: batch: rows [B, L]; only tokens, segments and positions are read. cache: if given, the L
-    tokens follow the `cache.length[b]` tokens of row b, and segments are ignored.
-    Returns: Output with hidden [B, L, D] in the compute dtype, and the cache with the new tokens'
-    keys and values written and `length` advanced by L.
+    Args: batch: rows [B, L]; only tokens, segments and positions are read, and weights for aux.
+    cache: if given, the L tokens follow the `cache.length[b]` tokens of row b, and segments are ignored.
+    Returns: Output with hidden [B, L, D] in the compute dtype, the cache with the new tokens'
+    keys and values written and `length` advanced by L, and without a cache aux, sums over tokens
+    weighted by `batch.weights` (like the loss, so that pieces of a batch add up).
     """
     dtype = compute_dtype(cfg)
     x = params["embed"].astype(dtype)[batch.tokens]
@@ -128,16 +134,18 @@ def forward(
     run = _remat(cfg, lambda i, x, x0, p, kv: _layer(cfg, project, context, batch.tokens, i, x, x0, p, kv))
     layers = {"blocks": params["blocks"], "value": params.get("value", {})}
     x0, entries = x, []
+    x, watch = mhc.expand(cfg.mhc, x), mhc.watch(cfg.mhc, batch.tokens.shape) if cache is None else None
     for r in range(cfg.loop.count):
         kv = None if cache is None else (cache.k[r], cache.v[r])
-        x, written = _stack(cfg, run, x, x0, layers, kv)
+        (x, watch), written = _stack(cfg, run, (x, watch), x0, layers, kv)
         entries.append(written)
         if cfg.loop.norm and r + 1 < cfg.loop.count:
-            x = rms_norm(x, params.get("loop", {}).get("norm"), cfg.norm_eps)
+            x = mhc.rms_norm(cfg.mhc, x, params.get("loop", {}).get("norm"), cfg.norm_eps)
     if cache is not None:
         k, v = (jnp.stack([entry[i] for entry in entries]) for i in (0, 1))
         cache = KVCache(k, v, cache.length + batch.tokens.shape[1])
-    return Output(rms_norm(x, params.get("norm"), cfg.norm_eps), cache, {})
+    aux = mhc.metrics(watch, x, batch.weights)
+    return Output(rms_norm(mhc.collapse(cfg.mhc, x), params.get("norm"), cfg.norm_eps), cache, aux)
 
 
 def _context(cfg: ModelConfig, batch: Batch, cache: KVCache | None) -> dict:
@@ -173,7 +181,7 @@ def layer_unroll(cfg: ModelConfig) -> int:
 
 
 def _stack(cfg: ModelConfig, run, x, x0, layers, kv):
-    """Apply all layers once. Returns (x, (k, v) stacks with the new entries, or None)."""
+    """Apply all layers once to x = (residual, watch). Returns (x, (k, v) stacks with the new entries, or None)."""
     unroll = layer_unroll(cfg)
     steps = cfg.layers // unroll
     grouped = jax.tree.map(lambda a: a.reshape(steps, a.shape[0] // steps, *a.shape[1:]), (layers, kv))
@@ -209,15 +217,19 @@ def _each(tree, n: int) -> list:
 
 
 def _layer(cfg, project, context, tokens, i, x, x0, p, kv):
-    """One layer: attention, then MLP, each added to the residual stream. i: index in the period."""
-    scale = p.get("scale", {})
+    """One layer: attention, then MLP, each added to the residual. i: index in the period."""
+    (x, watch), scale = x, p.get("scale", {})
     if "residual" in scale:
         x = scale["residual"].astype(x.dtype) * x
     if "x0" in scale:
-        x = x + scale["x0"].astype(x.dtype) * x0
-    y, kv = _attention(cfg, project, context, tokens, i, x, p["attn"], p["value"], kv)
-    x = x + y
-    return x + _mlp(cfg, project, x, p["mlp"]), kv
+        x = x + scale["x0"].astype(x.dtype) * mhc.expand(cfg.mhc, x0)
+    mix = mhc.coefficients(cfg.mhc, p["attn"].get("mhc", {}), x, cfg.norm_eps)
+    h, watch = mhc.read(mix, x), mhc.observe(watch, mix)
+    y, kv = _attention(cfg, project, context, tokens, i, h, p["attn"], p["value"], kv)
+    x = mhc.write(mix, x, y)
+    mix = mhc.coefficients(cfg.mhc, p["mlp"].get("mhc", {}), x, cfg.norm_eps)
+    h, watch = mhc.read(mix, x), mhc.observe(watch, mix)
+    return (mhc.write(mix, x, _mlp(cfg, project, h, p["mlp"])), watch), kv
 
 
 def _attention(cfg, project, context, tokens, i, x_BLD, p, value, kv):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import params as params_lib
-from nanochat_jax.config import BLOCKS, LoopConfig, ModelConfig
+from nanochat_jax.config import BLOCKS, LoopConfig, MhcConfig, ModelConfig
 from nanochat_jax.inference import cache as caches
 from nanochat_jax.inference import engine
 from nanochat_jax.model import flops, transformer
@@ -24,6 +24,9 @@ VARIANTS = {
     "ternary": dataclasses.replace(SMALL, **BLOCKS["modern"], quant="ternary"),
     "window": dataclasses.replace(SMALL, window=(5, 0)),
     "loops": dataclasses.replace(SMALL, loop=LoopConfig(count=3, norm=True)),
+    "streams": dataclasses.replace(
+        SMALL, **BLOCKS["modern"], mhc=MhcConfig(4, iterations=3), loop=LoopConfig(count=2, norm=True)
+    ),
     "reglu2": dataclasses.replace(SMALL, mlp="reglu2", sub_norm=True, tied=True),
 }
 VARIANTS["seed"] = dataclasses.replace(SMALL, **(BLOCKS["seed"] | {"quant_group": 8}), quant="ternary")
@@ -134,7 +137,7 @@ def test_padding_of_a_prompt_leaves_no_trace():
     np.testing.assert_allclose(after, after_padded, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["modern", "window", "ternary", "loops"])
+@pytest.mark.parametrize("name", ["modern", "window", "ternary", "loops", "streams"])
 def test_scanned_layers_equal_unrolled_layers(name):
     cfg = VARIANTS[name]
     params, batch = initial(cfg), rows(cfg)
