@@ -46,6 +46,18 @@ class MhcConfig:
 
 
 @dataclass(frozen=True)
+class Fp4Config:
+    """How the backward products of a `model.quant` with FP4 gradients run (quant.fp4)."""
+
+    stochastic: str = "gradient"  # operands rounded stochastically: none | gradient | both
+    hadamard: int = 16  # width of the Hadamard tiles along the contracted axis; 0 = no rotation
+    rotated: str = "wgrad"  # products whose operands are rotated: wgrad | both
+    signs: str = "fixed"  # random signs before the rotation: none | fixed | random (anew in every step)
+    operands: str = "both"  # gradient = x and w stay in full precision | both
+    products: str = "both"  # which products are in FP4: dgrad (dx) | wgrad (dw) | both
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape and block options of the transformer."""
 
@@ -73,8 +85,9 @@ class ModelConfig:
     x0_scalars: bool = False  # learned share of the embedding added before each layer
     loop: LoopConfig = field(default_factory=LoopConfig)
     mhc: MhcConfig = field(default_factory=MhcConfig)
-    quant: str = "full"  # one of QUANT_PRESETS: which matrices are ternary
+    quant: str = "full"  # one of QUANT_PRESETS: formats of the blocks' matrices, see quant.project
     quant_group: int = 0  # inputs that share one ternary scale; 0 = one scale per matrix
+    fp4: Fp4Config = field(default_factory=Fp4Config)
     dtype: str = "auto"  # compute dtype: auto = bfloat16 on GPU and TPU, float32 on CPU
     remat: str = "none"  # one of REMAT: what the backward pass recomputes
     unroll: int = 0  # layers per step of the layer scan; 0 = all of them on CPU, else 1

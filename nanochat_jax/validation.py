@@ -30,7 +30,10 @@ class ConfigError(ValueError):
 MLP_KINDS = ("swiglu", "relu2", "reglu2")
 QK_NORMS = ("none", "before_rope", "after_rope")
 REMAT = ("none", "dots", "block")
-QUANT_PRESETS = ("full", "ternary")
+FP4_BLOCK = {"nvfp4": 16, "mxfp4": 32}  # elements that share a scale
+QUANT_PRESETS = (
+    "full", "ternary", "nvfp4", "mxfp4", "nvfp4_grad", "mxfp4_grad", "ternary_nvfp4", "ternary_mxfp4"
+)  # fmt: skip
 GROUPS = ("matrix", "embed", "head", "scalar")
 
 
@@ -91,15 +94,11 @@ def _validate_model(m: ModelConfig) -> None:
     _validate_mhc(m.mhc)
     for window in m.window:
         _at_least("model.window", window, 0)
+    if m.quant_group and not m.quant.startswith("ternary"):
+        raise ConfigError(f"'model.quant_group' has no effect because model.quant is '{m.quant}'")
     if m.quant_group:
-        if m.quant == "full":
-            raise ConfigError("'model.quant_group' has no effect because model.quant is 'full'")
-        for key, value in (
-            ("dim", m.dim),
-            ("mlp_dim", m.mlp_dim),
-            ("heads * head_dim", m.heads * m.head_dim),
-        ):
-            _divides(f"model.{key}", value, "model.quant_group", m.quant_group)
+        _matrices_divide(m, "model.quant_group", m.quant_group)
+    _validate_fp4(m)
     if m.unroll:
         _divides("model.layers", m.layers, "model.unroll", m.unroll)
         period = layer_period(m)
@@ -123,6 +122,52 @@ def _validate_mhc(c: MhcConfig) -> None:
             f"'model.mhc.streams' must be at most 4 where model.mhc.form is 'permutation' (S! matrices), "
             f"got {c.streams}"
         )
+
+
+def _matrices_divide(m: ModelConfig, path: str, by: int) -> None:
+    """All sizes that a block's matrix takes in are multiples of a setting."""
+    for key, value in (("dim", m.dim), ("mlp_dim", m.mlp_dim), ("heads * head_dim", m.heads * m.head_dim)):
+        _divides(f"model.{key}", value, path, by)
+
+
+def _validate_fp4(m: ModelConfig) -> None:
+    f = m.fp4
+    _choice("model.fp4.stochastic", f.stochastic, ("none", "gradient", "both"))
+    _choice("model.fp4.rotated", f.rotated, ("wgrad", "both"))
+    _choice("model.fp4.signs", f.signs, ("none", "fixed", "random"))
+    _choice("model.fp4.operands", f.operands, ("gradient", "both"))
+    _choice("model.fp4.products", f.products, ("dgrad", "wgrad", "both"))
+    _at_least("model.fp4.hadamard", f.hadamard, 0)
+    if f.hadamard and (f.hadamard.bit_count() != 1 or f.hadamard > 256):
+        raise ConfigError(f"'model.fp4.hadamard' must be 0 or a power of 2 up to 256, got {f.hadamard}")
+    name = next((name for name in FP4_BLOCK if name in m.quant), "")
+    if not name:
+        every = [field.name for field in dataclasses.fields(f)]
+        _unused("model.fp4", f, f"model.quant is '{m.quant}'", every)
+        return
+    if m.quant_group:
+        raise ConfigError(
+            f"'model.quant_group' must be 0 with model.quant = '{m.quant}', got {m.quant_group}"
+        )
+    if f.operands == "gradient" and f.stochastic == "both":
+        raise ConfigError("'model.fp4.stochastic' = 'both' needs model.fp4.operands = 'both'")
+    if f.rotated == "both" and not m.quant.endswith("_grad"):
+        raise ConfigError(
+            f"'model.fp4.rotated' = 'both' rotates dx's weights, which would undo the codes of "
+            f"model.quant = '{m.quant}'; use a preset ending in _grad"
+        )
+    if not f.hadamard:
+        _unused("model.fp4", f, "model.fp4.hadamard is 0", ("rotated", "signs"))
+    if f.products == "dgrad" and f.rotated == "wgrad":
+        _unused("model.fp4", f, "model.fp4.products is 'dgrad'", ("hadamard", "signs"))
+    if f.products == "dgrad" and not m.quant.endswith("_grad"):
+        why = f"model.quant = '{m.quant}' has weights in codes and model.fp4.products is 'dgrad'"
+        _unused("model.fp4", f, why, ("operands",))
+    block, path = FP4_BLOCK[name], f"the block of {name}"
+    if f.rotated == "both" and f.hadamard > block:
+        block, path = f.hadamard, "model.fp4.hadamard"
+    _matrices_divide(m, path, block)
+    _divides("model.kv_heads * head_dim", m.kv_heads * m.head_dim, path, block)
 
 
 def layer_period(m: ModelConfig) -> int:

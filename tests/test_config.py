@@ -36,7 +36,7 @@ TOO_SMALL = {
     "model.vocab_size": 1, "model.layers": 0, "model.heads": 0, "model.kv_heads": 0, "model.head_dim": 0,
     "model.mlp_dim": 0, "model.softcap": -0.1, "model.value_embed_every": -1, "model.quant_group": -1,
     "model.unroll": -1, "model.loop.count": 0, "model.mhc.streams": 0, "model.mhc.iterations": 0,
-    "model.window": (-1,), "model.qk_gain": 0.0,
+    "model.fp4.hadamard": -1, "model.window": (-1,), "model.qk_gain": 0.0,
     "model.rope_theta": 0.0, "model.embed_std": 0.0, "data.seq_len": 1, "data.batch": 0, "data.workers": -1,
     "data.prefetch": 0, "data.max_bytes": -1, "opt.matrix.steps": 0, "opt.matrix.weight_decay": -0.1,
     "opt.embed.eps": 0.0, "opt.scalar.beta2": -0.1, "opt.schedule.warmup_steps": -1,
@@ -163,6 +163,80 @@ def test_blocks_resolve(name):
         ({"model__window": (8, "a")}, "'model.window' must be int, got 'a'"),
         ({"model__qk_gain": 1.2}, "'model.qk_gain' has no effect because model.qk_norm is 'none'"),
         ({"model__quant_group": 8}, "'model.quant_group' has no effect because model.quant is 'full'"),
+        ({"model__quant": "nvfp4", "model__quant_group": 8}, "has no effect because model.quant is 'nvfp4'"),
+        ({"model__quant": "nvfp"}, "'model.quant' = 'nvfp' is unknown. Did you mean 'nvfp4'?"),
+        ({"model__fp4__hadamard": 32}, "'model.fp4.hadamard' has no effect because model.quant is 'full'"),
+        (
+            {"model__quant": "ternary", "model__fp4__stochastic": "none"},
+            "'model.fp4.stochastic' has no effect because model.quant is 'ternary'",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__dim": 24},
+            "'model.dim' = 24 must be a multiple of 'the block of nvfp4' = 16",
+        ),
+        (
+            {"model__quant": "mxfp4_grad", "model__head_dim": 4},
+            "= 16 must be a multiple of 'the block of mxfp4' = 32",
+        ),
+        (
+            {"model__quant": "mxfp4_grad", "model__kv_heads": 1, "model__head_dim": 16},
+            "'model.kv_heads * head_dim' = 16 must be a multiple of 'the block of mxfp4' = 32",
+        ),
+        (
+            {
+                "model__quant": "nvfp4_grad",
+                "model__mlp_dim": 32,
+                "model__fp4": {"hadamard": 64, "rotated": "both"},
+            },
+            "'model.mlp_dim' = 32 must be a multiple of 'model.fp4.hadamard' = 64",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__fp4__hadamard": 24},
+            "must be 0 or a power of 2 up to 256, got 24",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__fp4__hadamard": 512},
+            "must be 0 or a power of 2 up to 256, got 512",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__fp4__stochastic": "grad"},
+            "'model.fp4.stochastic' = 'grad' is unknown",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__fp4__rotated": "dgrad"},
+            "'model.fp4.rotated' = 'dgrad' is unknown",
+        ),
+        ({"model__quant": "nvfp4", "model__fp4__signs": "all"}, "'model.fp4.signs' = 'all' is unknown"),
+        ({"model__quant": "nvfp4", "model__fp4__operands": "all"}, "'model.fp4.operands' = 'all' is unknown"),
+        ({"model__quant": "nvfp4", "model__fp4__products": "all"}, "'model.fp4.products' = 'all' is unknown"),
+        (
+            {"model__quant": "nvfp4", "model__fp4__rotated": "both"},
+            "would undo the codes of model.quant = 'nvfp4'",
+        ),
+        (
+            {"model__quant": "ternary_mxfp4", "model__fp4__rotated": "both"},
+            "would undo the codes of model.quant = 'ternary_mxfp4'",
+        ),
+        (
+            {"model__quant": "ternary_mxfp4", "model__quant_group": 8},
+            "'model.quant_group' must be 0 with model.quant = 'ternary_mxfp4', got 8",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__fp4": {"stochastic": "both", "operands": "gradient"}},
+            "'model.fp4.stochastic' = 'both' needs model.fp4.operands = 'both'",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__fp4": {"hadamard": 0, "signs": "none"}},
+            "'model.fp4.signs' has no effect because model.fp4.hadamard is 0",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__fp4": {"products": "dgrad", "hadamard": 32}},
+            "'model.fp4.hadamard' has no effect because model.fp4.products is 'dgrad'",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__fp4": {"products": "dgrad", "operands": "gradient"}},
+            "'model.fp4.operands' has no effect because model.quant = 'nvfp4' has weights in codes",
+        ),
         ({"model__loop": {"count": 1, "norm": True}}, "has no effect because model.loop.count is 1"),
         (
             {"model__mhc__iterations": 5},
@@ -284,6 +358,11 @@ for _key, _value in {
     "projector_bits": 16, "momentum": "keep",
 }.items():  # fmt: skip
     STEP[f"opt.galore.{_key}"] = (_value, {"opt.galore.rank": 4, "opt.galore.min_dim": 16})
+for _key, _value in {
+    "stochastic": "none", "hadamard": 32, "rotated": "both", "signs": "random", "operands": "gradient",
+    "products": "wgrad",
+}.items():  # fmt: skip
+    STEP[f"model.fp4.{_key}"] = (_value, {"model.quant": "nvfp4_grad"})
 for _key, _value in {
     "block": 16, "momentum": "dynamic", "rounding": "stochastic", "scales": "bfloat16"
 }.items():  # fmt: skip

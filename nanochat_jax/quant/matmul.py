@@ -4,7 +4,11 @@ the quantizers as the identity in the backward pass (straight-through).
     forward   y  = (x_codes @ w_codes) * x_scale * w_scale
     backward  dx = (dy * w_scale) @ w_codes^T        dw = (x_codes * x_scale)^T @ dy
 
-The residuals are the codes (one byte per element), not x and w. The forward of int8 activations
+With FP4 gradients the operands of the two backward products are quantized as well (`fp4.dgrad`,
+`fp4.wgrad`); weights that were in codes in the forward pass keep them. Activations that were in FP4
+are kept as they came, for their blocks run along another axis in dw.
+
+Else the residuals are the codes (one byte per element), not x and w. The forward of int8 activations
 on ternary weights is an exact integer product (`kernels.integer`), so the training forward, a
 packed kernel and an exported model can agree to the last multiply. `v + stop_gradient(q - v)` would
 leave a rounding residue; a custom VJP does not.
@@ -14,35 +18,91 @@ the products run as one wide product, which on CPU is much faster than several n
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from nanochat_jax.config import Fp4Config
 from nanochat_jax.kernels import integer
-from nanochat_jax.quant import ternary
+from nanochat_jax.quant import fp4, ternary
+from nanochat_jax.types import Key
+
+
+def _fp4_weight(name: str, w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    codes, tensor = fp4.scaled_levels(w, name, tiles=True)
+    return codes, tensor.reshape(1, 1)
+
+
+def _fp4_act(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    codes, tensor = fp4.scaled_levels(x, name)
+    return codes, jnp.broadcast_to(tensor, (*x.shape[:-1], 1))
+
+
+def _dx(dy: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.matmul(dy, w.T)
+
+
+def _dw(x: jax.Array, dy: jax.Array) -> jax.Array:
+    return jnp.matmul(x.T, dy, preferred_element_type=jnp.float32)
+
+
+def _plain(dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Array]:
+    return _dx(scaled.astype(dy.dtype), w), _dw(x, dy)
+
+
+def _fp4_gradients(name: str, dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Array]:
+    if key is None:
+        raise ValueError(f"gradients in {name} need a key")
+    dx_key, dw_key = jax.random.split(key)
+    return (
+        _dx(scaled.astype(dy.dtype), w)
+        if how.products == "wgrad"
+        else fp4.dgrad(scaled, w, name, how, dx_key, exact),
+        _dw(x, dy) if how.products == "dgrad" else fp4.wgrad(x, dy, name, how, dw_key),
+    )
+
 
 # Each slot: operand -> (codes, scale); the operand is close to codes * scale. None = no scale.
-WEIGHTS = {
+WEIGHTS: dict[str, Callable] = {
     "full": lambda w, group: (w, None),
     "ternary": ternary.quantize_ternary,
+    **{name: functools.partial(_fp4_weight, name) for name in fp4.FORMATS},
 }
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable] = {
     "full": lambda x: (x, None),
     "int8": ternary.int8_rows,
+    **{name: functools.partial(_fp4_act, name) for name in fp4.FORMATS},
+}
+# (dy, dy * w's scale, x, w's codes, whether w's codes are in a low-bit format, settings, key) -> (dx, dw)
+GRADIENTS: dict[str, Callable] = {
+    "full": _plain,
+    **{name: functools.partial(_fp4_gradients, name) for name in fp4.FORMATS},
 }
 
 Arrays = tuple[jax.Array, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def matmul(x: jax.Array, ws: Arrays, weight: str, act: str, group: int) -> Arrays:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def matmul(
+    x: jax.Array,
+    ws: Arrays,
+    weight: str,
+    act: str,
+    group: int,
+    grad: str = "full",
+    how: Fp4Config = Fp4Config(),  # noqa: B008 (frozen)
+    key: Key | None = None,
+) -> Arrays:
     """x @ w for each w, with quantized operands and straight-through gradients.
 
-    Args: x: [..., m], compute dtype. ws: each [m, n_i]. weight, act: names in WEIGHTS, ACTIVATIONS.
-    group: inputs per ternary scale (0 = one scale per matrix).
-    Returns: one [..., n_i] in x's dtype per weight. With both slots "full" this is the plain product.
+    Args: x: [..., m], compute dtype. ws: each [m, n_i]. weight, act, grad: names in WEIGHTS, ACTIVATIONS,
+    GRADIENTS. group: inputs per ternary scale (0 = one scale per matrix). how, key: for FP4 gradients; the
+    key is consumed by the backward pass.
+    Returns: one [..., n_i] in x's dtype per weight. With all slots "full" this is the plain product.
     """
-    return _forward(x, ws, weight, act, group)[0]
+    return _forward(x, ws, weight, act, group, grad, how, key)[0]
 
 
 def _operand(ws: Arrays, weight: str, group: int, dtype) -> tuple[jax.Array, jax.Array | None]:
@@ -75,10 +135,10 @@ def _rows(array: jax.Array) -> jax.Array:
     return array.reshape(-1, array.shape[-1])
 
 
-def _forward(x, ws, weight, act, group):
+def _forward(x, ws, weight, act, group, grad, how, key):
     x_codes, x_scale = ACTIVATIONS[act](x)
     w_codes, w_scale = _operand(ws, weight, group, x.dtype)
-    if x_scale is not None and w_scale is not None:  # codes on both sides: an exact integer product
+    if w_scale is not None and x_codes.dtype == w_codes.dtype == jnp.int8:  # an exact integer product
         y = _rows(integer.integer_matmul(x_codes, w_codes)) * (w_scale * _rows(x_scale))
     else:
         y = jnp.matmul(_rows(x_codes.astype(x.dtype)), w_codes.astype(x.dtype))
@@ -86,19 +146,21 @@ def _forward(x, ws, weight, act, group):
         y = y if x_scale is None else y * _rows(x_scale)
     y = y.astype(x.dtype).reshape(*x.shape[:-1], -1)
     witness = jnp.zeros((0,), x.dtype), tuple(jnp.zeros((0, w.shape[1]), w.dtype) for w in ws)
-    return _apart(y, ws), (x_codes, x_scale, w_codes, w_scale, witness)
+    if act in fp4.FORMATS:  # cut along the tokens for dw, from x itself: rounding twice would add up
+        x_codes, x_scale = x, None
+    return _apart(y, ws), (x_codes, x_scale, w_codes, w_scale, witness, key)
 
 
-def _backward(weight, act, group, residuals, dys):
-    x_codes, x_scale, w_codes, w_scale, (x_witness, w_witnesses) = residuals
+def _backward(weight, act, group, grad, how, residuals, dys):
+    x_codes, x_scale, w_codes, w_scale, (x_witness, w_witnesses), key = residuals
     dtype = x_witness.dtype
     dy = _rows(_beside([d.astype(dtype) for d in dys]))
-    scaled = dy if w_scale is None else (dy * w_scale).astype(dtype)
-    dx = jnp.matmul(scaled, w_codes.astype(dtype).T)
+    scaled = dy if w_scale is None else dy * w_scale
     rows = _rows(x_codes.astype(dtype) if x_scale is None else (x_codes * x_scale).astype(dtype))
-    dw = jnp.matmul(rows.T, dy, preferred_element_type=jnp.float32)
+    dx, dw = GRADIENTS[grad](dy, scaled, rows, w_codes.astype(dtype), weight != "full", how, key)
     each = tuple(d.astype(w.dtype) for d, w in zip(_apart(dw, w_witnesses), w_witnesses, strict=True))
-    return dx.astype(dtype).reshape(x_codes.shape), each
+    no_gradient = None if key is None else np.zeros(key.shape, jax.dtypes.float0)
+    return dx.astype(dtype).reshape(x_codes.shape), each, no_gradient
 
 
 matmul.defvjp(_forward, _backward)

@@ -5,13 +5,17 @@ holds ordered rules (regex on the role, Precision); the first match wins.
 """
 
 import re
+import zlib
 from dataclasses import dataclass
 
 import jax
+from flax import struct
 
-from nanochat_jax.config import ModelConfig
+from nanochat_jax.config import Fp4Config, ModelConfig
 from nanochat_jax.kernels import dispatch
-from nanochat_jax.quant.matmul import ACTIVATIONS, WEIGHTS, matmul
+from nanochat_jax.quant import fp4
+from nanochat_jax.quant.matmul import ACTIVATIONS, GRADIENTS, WEIGHTS, matmul
+from nanochat_jax.types import Key
 
 # Weight matrices of a block, by role; everything else multiplies in full precision.
 BLOCK_ROLES = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
@@ -23,9 +27,12 @@ class Precision:
 
     weight: str = "full"
     act: str = "full"
+    grad: str = "full"
 
     def __post_init__(self):
-        for slot, name, known in (("weight", self.weight, WEIGHTS), ("act", self.act, ACTIVATIONS)):
+        for slot, name, known in (
+            ("weight", self.weight, WEIGHTS), ("act", self.act, ACTIVATIONS), ("grad", self.grad, GRADIENTS)
+        ):  # fmt: skip
             if name not in known:
                 raise ValueError(
                     f"precision slot '{slot}': unknown format '{name}'; known: {', '.join(known)}"
@@ -34,21 +41,46 @@ class Precision:
 
 Rules = tuple[tuple[str, Precision], ...]
 
+
+def _blocks(*slots: str) -> Rules:
+    """The precision of a block's matrices; everything else in full."""
+    return ((r"(attn|mlp)/.*", Precision(*slots)), (r".*", Precision()))
+
+
 PRESETS: dict[str, Rules] = {
     "full": ((r".*", Precision()),),
-    "ternary": ((r"(attn|mlp)/.*", Precision("ternary", "int8")), (r".*", Precision())),
+    "ternary": _blocks("ternary", "int8"),
+    "nvfp4": _blocks("nvfp4", "nvfp4", "nvfp4"),  # arXiv:2509.25149
+    "mxfp4": _blocks("mxfp4", "mxfp4", "mxfp4"),  # arXiv:2605.09825
+    "nvfp4_grad": _blocks("full", "full", "nvfp4"),  # forward as without
+    "mxfp4_grad": _blocks("full", "full", "mxfp4"),  # arXiv:2502.20586
+    "ternary_nvfp4": _blocks("ternary", "int8", "nvfp4"),
+    "ternary_mxfp4": _blocks("ternary", "int8", "mxfp4"),
 }
 
 
-@dataclass(frozen=True)
+@struct.dataclass
 class Project:
-    """Callable (role, x, w) -> x @ w in the role's precision. Static and hashable.
+    """Callable (role, x, w) -> x @ w in the role's precision. Static but for its key.
 
-    group: inputs that share one ternary scale; 0 = one scale per matrix.
+    group: inputs that share one ternary scale; 0 = one scale per matrix. how: see `config.Fp4Config`.
+    key: what stochastic rounding and random signs draw from, each role its own; see `keyed`. None draws
+    the same numbers every time: enough to look at one step, not to train.
     """
 
-    rules: Rules
-    group: int = 0
+    rules: Rules = struct.field(pytree_node=False)
+    group: int = struct.field(pytree_node=False, default=0)
+    how: Fp4Config = struct.field(pytree_node=False, default=Fp4Config())
+    key: Key | None = None
+
+    def keyed(self, key: Key) -> "Project":
+        """With the key of this step, where some precision draws random numbers; else unchanged."""
+        drawing = any(precision.grad != "full" for _, precision in self.rules)
+        return self.replace(key=key) if drawing else self  # type: ignore[attr-defined]
+
+    def at(self, layer: jax.typing.ArrayLike) -> "Project":
+        """With the key of one layer (an integer, counted through all loops); unchanged without a key."""
+        return self if self.key is None else self.replace(key=jax.random.fold_in(self.key, layer))  # type: ignore[attr-defined]
 
     def precision(self, role: str) -> Precision:
         """Raises: ValueError if no rule matches the role."""
@@ -71,13 +103,33 @@ class Project:
         """
         precisions = [self.precision(role) for role in roles]
         first = precisions[0]
-        if dispatch.backend() == "cpu" and all(p == first for p in precisions):
+        joined = dispatch.backend() == "cpu" and all(p == first for p in precisions)
+        if joined and first.grad == "full":  # FP4 blocks and scales of dy must not mix the roles
+            for role, w in zip(roles, ws, strict=True):
+                self._check(role, first, w)
             return tuple(matmul(x, ws, first.weight, first.act, self.group))  # type: ignore[arg-type]
-        return tuple(self._one(x, w, p) for p, w in zip(precisions, ws, strict=True))
+        return tuple(self._one(role, x, w, p) for role, w, p in zip(roles, ws, precisions, strict=True))
 
-    def _one(self, x: jax.Array, w: jax.Array, precision: Precision) -> jax.Array:
-        (y,) = tuple(matmul(x, (w,), precision.weight, precision.act, self.group))  # type: ignore[arg-type]
+    def _one(self, role: str, x: jax.Array, w: jax.Array, p: Precision) -> jax.Array:
+        self._check(role, p, w)
+        key = None
+        if p.grad != "full":
+            key = jax.random.fold_in(
+                jax.random.key(0) if self.key is None else self.key, zlib.crc32(role.encode())
+            )
+        (y,) = tuple(matmul(x, (w,), p.weight, p.act, self.group, p.grad, self.how, key))  # type: ignore[arg-type]
         return y
+
+    def _check(self, role: str, p: Precision, w: jax.Array) -> None:
+        """Raises: ValueError naming the role if FP4 blocks do not divide its sizes."""
+        inputs, outputs = w.shape
+        for name, sizes in ((p.weight, (inputs, outputs)), (p.act, (inputs,)), (p.grad, (outputs,))):
+            for size in sizes:
+                if size % fp4.FORMATS.get(name, 1):
+                    raise ValueError(
+                        f"'{role}' has a weight of {inputs} x {outputs}, and {name} needs multiples of "
+                        f"{fp4.FORMATS[name]}"
+                    )
 
     def ternary_roles(self) -> tuple[str, ...]:
         """Roles of block matrices whose weights are ternary."""
@@ -85,5 +137,5 @@ class Project:
 
 
 def from_config(cfg: ModelConfig) -> Project:
-    """The Project that `model.quant` and `model.quant_group` name."""
-    return Project(PRESETS[cfg.quant], cfg.quant_group)
+    """The Project that `model.quant`, `model.quant_group` and `model.fp4` name."""
+    return Project(PRESETS[cfg.quant], cfg.quant_group, cfg.fp4)
