@@ -10,11 +10,15 @@ if FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 import socket
 
+import hypothesis
 import jax
 import pytest
 
 from nanochat_jax.config import ModelConfig
 
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 # A program compiled by an earlier version of the code must not hide what this one does.
