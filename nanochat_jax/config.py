@@ -58,6 +58,18 @@ class Fp4Config:
 
 
 @dataclass(frozen=True)
+class MtpConfig:
+    """Multi-token prediction (model/mtp.py): further layers predict tokens beyond the next one.
+
+    It serves drafting (speculative decoding); below 1B parameters no gain in quality is known.
+    """
+
+    depth: int = 0  # further tokens predicted; 0 = the next one only; the loss needs the term "mtp"
+    kind: str = "chained"  # chained (arXiv:2412.19437) | parallel (arXiv:2404.19737)
+    decay: float = 0.5  # weight of each further token relative to the one before it; the first has 1
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape and block options of the transformer."""
 
@@ -85,6 +97,7 @@ class ModelConfig:
     x0_scalars: bool = False  # learned share of the embedding added before each layer
     loop: LoopConfig = field(default_factory=LoopConfig)
     mhc: MhcConfig = field(default_factory=MhcConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
     quant: str = "full"  # one of QUANT_PRESETS: formats of the blocks' matrices, see quant.project
     quant_group: int = 0  # inputs that share one ternary scale; 0 = one scale per matrix
     fp4: Fp4Config = field(default_factory=Fp4Config)

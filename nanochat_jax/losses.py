@@ -7,6 +7,12 @@ weights of the terms are known in advance, so nothing is recomputed and nothing 
     nll_t = lse(z) - z[target]      z-loss = lse(z)^2      entropy H = -sum p log p
     d/dz  = p - onehot              2 lse(z) p             -p (log p + H)
 
+Multi-token prediction shares the pass: the hidden states of all offsets are walked one after the other,
+chunk by chunk, into one gradient of the head. So neither logits nor gradients of the head exist once
+per offset; what grows with depth is of the size of the hidden states. Its term is
+
+    sum_i decay^(i-1) L_i,    L_i = mean nll of offset i over its own valid targets, i = 1..depth.
+
 Sums, not means: the train step scales `batch.weights` to sum to 1 over the whole global batch, so
 that microbatches and shards add up to exactly the large batch.
 """
@@ -18,15 +24,17 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.model import transformer
+from nanochat_jax.model import mtp, transformer
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Batch, Key, Metrics, Params
 
-# term -> per-token statistic of the logits it sums, and its sign in the loss
+# term -> per-token statistic of the logits it sums, and its sign in the loss; "future" is the nll of
+# tokens beyond the next one, which has logits of its own
 TERMS: dict[str, tuple[str, float]] = {
     "next_token": ("nll", 1.0),
     "z": ("z", 1.0),  # arXiv:2204.02311: keeps log-partition near 0
     "logit_entropy": ("entropy", -1.0),  # a bonus: minimizing it raises the entropy
+    "mtp": ("future", 1.0),  # arXiv:2404.19737, arXiv:2412.19437
 }
 STATISTICS: tuple[str, ...] = ("nll", "z", "entropy")
 
@@ -38,13 +46,19 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
 
     Args: terms: (name in TERMS, weight). chunk: tokens whose logits exist at once.
     The loss is the sum over tokens of batch.weights * sum_i weight_i * term_i. Metrics hold each
-    term's own weighted sum as "loss/<name>", and "loss/entropy".
+    term's own weighted sum as "loss/<name>", and "loss/entropy". The term "mtp" is weighted by
+    batch.future (computed from this batch if it is None, see `make_prepare`); its metrics are nats per
+    token: "loss/mtp_<i>" of each offset, and their mean weighted by decay^(i-1) as "loss/mtp".
+    Raises: ValueError for the term "mtp" at depth 0.
     """
     project = projections.from_config(cfg)
-    coefficients = dict.fromkeys(STATISTICS, 0.0)
+    coefficients = dict.fromkeys((*STATISTICS, "future"), 0.0)
     for name, weight in terms:
         statistic, sign = TERMS[name]
         coefficients[statistic] += sign * weight
+    future = coefficients.pop("future")
+    if future and not cfg.mtp.depth:
+        raise ValueError("the loss term 'mtp' needs model.mtp.depth of at least 1")
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         output = transformer.forward(cfg, project, params, batch)
@@ -52,11 +66,56 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
             cfg, chunk, tuple(coefficients.items()),
             output.hidden, transformer.head(cfg, params), batch.targets, batch.weights,
         )  # fmt: skip
-        metrics = {f"loss/{name}": sums[TERMS[name][0]] for name, _ in terms}
+        metrics = {f"loss/{name}": sums[TERMS[name][0]] for name, _ in terms if TERMS[name][0] in sums}
         metrics |= {"loss/next_token": sums["nll"], "loss/entropy": sums["entropy"]}
+        if future:
+            more, means = _future_loss(cfg, project, chunk, future, params, output.hidden, batch)
+            total, metrics = total + more, metrics | means
         return total, metrics | output.aux
 
     return loss_fn
+
+
+def make_prepare(cfg: ModelConfig) -> Callable[[Batch], Batch]:
+    """Build prepare(batch) -> batch with `future`, the weights of further targets; identity at depth 0.
+
+    For the whole normalized batch, before it is cut into microbatches: each offset has its own number
+    of valid targets, which no piece knows.
+    """
+    depth = cfg.mtp.depth
+    return lambda batch: batch.replace(future=mtp.future_weights(batch, depth)) if depth else batch
+
+
+def _future_loss(cfg, project, chunk, coefficient, params, hidden_BLD, batch):
+    """coefficient * sum_i decay^(i-1) L_i, and the metrics."""
+    depth = cfg.mtp.depth
+    batch = make_prepare(cfg)(batch) if batch.future is None else batch
+    hidden_MBLD = mtp.future_hidden(
+        cfg, project, _block(cfg, project, batch), params["mtp"], params["embed"], hidden_BLD, batch.targets
+    )
+    shares_M = cfg.mtp.decay ** jnp.arange(depth, dtype=jnp.float32)
+    weights_MBL = shares_M[:, None, None] * jnp.moveaxis(batch.future, 1, 0)
+    coefficients = (("nll", coefficient), ("z", 0.0), ("entropy", 0.0))
+    total, sums = token_loss(
+        cfg, chunk, coefficients, hidden_MBLD, transformer.head(cfg, params),
+        mtp.future_targets(batch.targets, depth), weights_MBL,
+    )  # fmt: skip
+    means_M = sums["nll"] / shares_M
+    metrics = {f"loss/mtp_{i + 1}": means_M[i] for i in range(depth)}
+    return total, metrics | {"loss/mtp": jnp.sum(sums["nll"]) / jnp.sum(shares_M)}
+
+
+def _block(cfg, project, batch) -> mtp.Block:
+    """The trunk's last layer as a function (x, weights) -> x on one residual stream."""
+    context = transformer._context(cfg, batch, None)
+    i = cfg.layers - 1
+
+    def block(x, p):
+        x = x + transformer._attention(cfg, project, context, batch.tokens, i, x, p["attn"], None, None)[0]
+        return x + transformer._mlp(cfg, project, x, p["mlp"])
+
+    run = transformer._remat(cfg, lambda _, x, p: block(x, p))
+    return lambda x, p: run(0, x, p)
 
 
 def make_token_nll(cfg: ModelConfig, chunk: int = 512) -> Callable[[Params, Batch], jax.Array]:
@@ -88,10 +147,11 @@ def token_loss(
 ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """sum_t weights_t * sum_i coefficient_i * statistic_i(t), in chunks of the sequence.
 
-    Returns: (float32 scalar, {statistic: its weighted sum}); the dict carries no gradient, nor do
-    weights and targets.
+    Args: hidden, targets and weights may have one more leading axis M; its entries are walked in turn.
+    Returns: (float32 scalar, {statistic: its weighted sum, float32 [] or [M]}); the dict carries no
+    gradient, nor do weights and targets.
     """
-    return _scan(cfg, chunk, coefficients, hidden_BLD, head_DV, targets_BL, weights_BL, grads=False)[0]
+    return _total(cfg, chunk, coefficients, hidden_BLD, head_DV, targets_BL, weights_BL, grads=False)[0]
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -120,10 +180,25 @@ def _statistics(cfg, z, targets):
     return {"nll": lse - at_target, "z": lse**2, "entropy": entropy, "lse": lse, "p": p}
 
 
-def _scan(cfg, chunk, coefficients, hidden, head, targets, weights, grads):
+def _total(cfg, chunk, coefficients, hidden, head, targets, weights, grads):
+    """((total, sums), (d_hidden, d_head)), with or without the leading axis M."""
     weight_of = dict(coefficients)
-    zero = jnp.zeros((), jnp.float32)
     d_head = jnp.zeros(head.shape, jnp.float32) if grads else None
+
+    def walk(d_head, piece):
+        sums, d_hidden, d_head = _scan(cfg, chunk, weight_of, piece[0], head, *piece[1:], d_head)
+        return d_head, (sums, d_hidden)
+
+    pieces = (hidden, targets, weights)
+    over = walk if hidden.ndim == 3 else lambda start, stacks: jax.lax.scan(walk, start, stacks)
+    d_head, (sums, d_hidden) = over(d_head, pieces)
+    total = sum((weight_of[name] * jnp.sum(sums[name]) for name in STATISTICS), jnp.zeros((), jnp.float32))
+    return (total, sums), (d_hidden, d_head)
+
+
+def _scan(cfg, chunk, weight_of, hidden, head, targets, weights, d_head):
+    """Sums of the statistics of one [B, L]; and the gradients, unless d_head, to which it adds, is None."""
+    grads, zero = d_head is not None, jnp.zeros((), jnp.float32)
 
     def step(carry, piece):
         sums, d_head = carry
@@ -144,10 +219,9 @@ def _scan(cfg, chunk, coefficients, hidden, head, targets, weights, grads):
 
     start = (dict.fromkeys(STATISTICS, zero), d_head)
     (sums, d_head), d_hidden = jax.lax.scan(step, start, _chunks(chunk, hidden, targets, weights))
-    total = sum((weight_of[name] * sums[name] for name in STATISTICS), zero)
     if grads:
         d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
-    return (total, sums), (d_hidden, d_head)
+    return sums, d_hidden, d_head
 
 
 def _logit_gradient(weight_of, s, z, target):
@@ -161,7 +235,7 @@ def _logit_gradient(weight_of, s, z, target):
 
 
 def _token_loss_forward(cfg, chunk, coefficients, hidden, head, targets, weights):
-    out, (d_hidden, d_head) = _scan(cfg, chunk, coefficients, hidden, head, targets, weights, grads=True)
+    out, (d_hidden, d_head) = _total(cfg, chunk, coefficients, hidden, head, targets, weights, grads=True)
     assert d_head is not None
     return out, (d_hidden, d_head.astype(head.dtype), targets, weights)
 

@@ -16,7 +16,7 @@ Key = jax.Array  # a typed PRNG key
 
 @struct.dataclass
 class Batch:
-    """One batch of packed rows, every field [B, L].
+    """One batch of packed rows, every field of the data [B, L].
 
     `targets[t]` is the token after `tokens[t]` (shifted once, in `data.packing`); `weights` is 0
     where that target must not be learned (padding, first token of another document).
@@ -28,6 +28,8 @@ class Batch:
     weights: jax.Array  # float32, usually 0 or 1
     segments: jax.Array  # int32, >= 1; 0 is padding
     positions: jax.Array  # int32
+    # [B, M, L], weights of the targets i = 1..M later, see `model.mtp.future_weights`; made in the step
+    future: jax.Array | None = None
 
 
 @struct.dataclass

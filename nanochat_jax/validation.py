@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         GroupConfig,
         MhcConfig,
         ModelConfig,
+        MtpConfig,
         OptConfig,
         TrainConfig,
     )
@@ -89,6 +90,7 @@ def _validate_model(m: ModelConfig) -> None:
     _at_least("model.loop.count", m.loop.count, 1)
     if m.loop.norm and m.loop.count == 1:
         raise ConfigError("'model.loop.norm' has no effect because model.loop.count is 1")
+    _validate_mtp(m.mtp)
     if m.qk_gain != 1.0 and m.qk_norm == "none":
         raise ConfigError("'model.qk_gain' has no effect because model.qk_norm is 'none'")
     _validate_mhc(m.mhc)
@@ -168,6 +170,36 @@ def _validate_fp4(m: ModelConfig) -> None:
         block, path = f.hadamard, "model.fp4.hadamard"
     _matrices_divide(m, path, block)
     _divides("model.kv_heads * head_dim", m.kv_heads * m.head_dim, path, block)
+
+
+def _validate_mtp(p: MtpConfig) -> None:
+    _at_least("model.mtp.depth", p.depth, 0)
+    _choice("model.mtp.kind", p.kind, ("chained", "parallel"))
+    if not 0 < p.decay <= 1:
+        raise ConfigError(f"'model.mtp.decay' must be in (0, 1], got {p.decay}")
+    if not p.depth:
+        _unused("model.mtp", p, "model.mtp.depth is 0", ("kind", "decay"))
+    if p.depth == 1:
+        _unused("model.mtp", p, "model.mtp.depth is 1", ("decay",))
+
+
+def _validate_loss(c: Config) -> None:
+    """Terms are known, and the model's further tokens and their term come together."""
+    loss, depth = c.train.loss, c.model.mtp.depth
+    if not any(weight for _, weight in loss):
+        raise ConfigError(f"'train.loss' needs a term with a weight, got {loss!r}")
+    for name, _ in loss:
+        _choice("train.loss", name, ("next_token", "z", "logit_entropy", "mtp"))
+    weight = sum(weight for name, weight in loss if name == "mtp")
+    if depth == 0 and any(name == "mtp" for name, _ in loss):
+        raise ConfigError("'train.loss' has the term 'mtp', which needs model.mtp.depth of at least 1")
+    if depth and weight <= 0:
+        raise ConfigError(
+            f"'model.mtp.depth' = {depth} needs the term 'mtp' in train.loss with a positive weight, "
+            f"such as ('mtp', 0.2)"
+        )
+    if depth >= c.data.seq_len:
+        raise ConfigError(f"'model.mtp.depth' = {depth} must be less than 'data.seq_len' = {c.data.seq_len}")
 
 
 def layer_period(m: ModelConfig) -> int:
@@ -334,10 +366,7 @@ def _validate_run(c: Config) -> None:
     _at_least("train.microbatches", t.microbatches, 1)
     _at_least("train.loss_chunk", t.loss_chunk, 1)
     _divides("data.batch", c.data.batch, "train.microbatches", t.microbatches)
-    if not any(weight for _, weight in t.loss):
-        raise ConfigError(f"'train.loss' needs a term with a weight, got {t.loss!r}")
-    for name, _ in t.loss:
-        _choice("train.loss", name, ("next_token", "z", "logit_entropy"))
+    _validate_loss(c)
     k = c.ckpt
     _at_least("ckpt.every_steps", k.every_steps, 0)
     _at_least("ckpt.every_minutes", k.every_minutes, 0)

@@ -36,7 +36,7 @@ TOO_SMALL = {
     "model.vocab_size": 1, "model.layers": 0, "model.heads": 0, "model.kv_heads": 0, "model.head_dim": 0,
     "model.mlp_dim": 0, "model.softcap": -0.1, "model.value_embed_every": -1, "model.quant_group": -1,
     "model.unroll": -1, "model.loop.count": 0, "model.mhc.streams": 0, "model.mhc.iterations": 0,
-    "model.fp4.hadamard": -1, "model.window": (-1,), "model.qk_gain": 0.0,
+    "model.mtp.depth": -1, "model.mtp.decay": 0.0, "model.fp4.hadamard": -1, "model.window": (-1,), "model.qk_gain": 0.0,
     "model.rope_theta": 0.0, "model.embed_std": 0.0, "data.seq_len": 1, "data.batch": 0, "data.workers": -1,
     "data.prefetch": 0, "data.max_bytes": -1, "opt.matrix.steps": 0, "opt.matrix.weight_decay": -0.1,
     "opt.embed.eps": 0.0, "opt.scalar.beta2": -0.1, "opt.schedule.warmup_steps": -1,
@@ -291,6 +291,20 @@ def test_blocks_resolve(name):
         ({"train__microbatches": 3}, "'data.batch' = 8 must be a multiple of 'train.microbatches' = 3"),
         ({"train__loss": (("next_tokn", 1.0),)}, "Did you mean 'next_token'?"),
         ({"train__loss": (("z", 0.0),)}, "needs a term with a weight"),
+        ({"train__loss": (("mtp", 0.2),)}, "has the term 'mtp', which needs model.mtp.depth"),
+        ({"model__mtp__depth": 2}, "'model.mtp.depth' = 2 needs the term 'mtp' in train.loss"),
+        (
+            {"model__mtp__depth": 2, "train__loss": (("next_token", 1.0), ("mtp", 0.0))},
+            "needs the term 'mtp' in train.loss with a positive weight",
+        ),
+        (
+            {"model__mtp__depth": 8, "data__seq_len": 8, "train__loss": (("mtp", 1.0),)},
+            "'model.mtp.depth' = 8 must be less than 'data.seq_len' = 8",
+        ),
+        ({"model__mtp__kind": "parallel"}, "'model.mtp.kind' has no effect because model.mtp.depth is 0"),
+        ({"model__mtp__kind": "paralel"}, "Did you mean 'parallel'?"),
+        ({"model__mtp__depth": 1, "model__mtp__decay": 0.9}, "no effect because model.mtp.depth is 1"),
+        ({"model__mtp__depth": 2, "model__mtp__decay": 1.5}, "'model.mtp.decay' must be in (0, 1], got 1.5"),
         ({"train__loss": (("z",),)}, "must have 2 entries"),
         ({"mesh__data": 16}, "must be a multiple of 'mesh.data * mesh.fsdp' = 16"),
         ({"mesh__tensor": 7}, "must be a multiple of 'mesh.tensor' = 7"),
@@ -353,6 +367,9 @@ STEP = {
     "opt.fire.steps": (3,), "opt.fire.scale": ("fan", {"opt.fire.steps": (3,)}),
     "opt.galore.min_dim": (32, {"opt.galore.rank": 4, "opt.galore.min_dim": 16, "model.mlp_dim": 16}),
 }  # fmt: skip
+for _key, _value in {"depth": 3, "kind": "parallel", "decay": 0.9}.items():
+    _loss = (("next_token", 1.0), ("mtp", 0.2))
+    STEP[f"model.mtp.{_key}"] = (_value, {"model.mtp.depth": 2, "train.loss": _loss})
 for _key, _value in {
     "rank": 8, "update_gap": 100, "scale": 2.0, "method": "exact", "oversampling": 2, "power_iterations": 0,
     "projector_bits": 16, "momentum": "keep",

@@ -2,7 +2,8 @@
 
 Convention (arXiv:2204.02311): a training token costs 6 FLOPs per matmul weight it meets, and
 12 * heads * head_dim * (visible positions) per attention layer, not halved for causality. Loops
-repeat the blocks; embedding look-ups, norms and the optimizer are left out.
+repeat the blocks; each further token of multi-token prediction has one layer, with the last one's
+window, and the head once more. Embedding look-ups, norms and the optimizer are left out.
 """
 
 import math
@@ -20,12 +21,13 @@ def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
             blocks += math.prod(spec.shape)
         elif spec.matmul:
             outside += math.prod(spec.shape)
-    if cfg.tied:
-        outside += math.prod(transformer.param_specs(cfg)["embed"].shape)
+    unembedding = math.prod(transformer.param_specs(cfg)["embed"].shape)
+    outside += unembedding * (cfg.tied + cfg.mtp.depth)
     windows = [cfg.window[i % len(cfg.window)] if cfg.window else 0 for i in range(cfg.layers)]
-    visible = sum(min(window or seq_len, seq_len) for window in windows)
-    attention = 12 * cfg.heads * cfg.head_dim * visible
-    return 6 * outside + cfg.loop.count * (6 * blocks + attention)
+    visible = [min(window or seq_len, seq_len) for window in windows]
+    attention = 12 * cfg.heads * cfg.head_dim
+    further = cfg.mtp.depth * attention * visible[-1]
+    return 6 * outside + further + cfg.loop.count * (6 * blocks + attention * sum(visible))
 
 
 # Dense bfloat16 peak in FLOP/s, by the start of jax's device_kind (vendors' data sheets).

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from nanochat_jax import params as P
 from nanochat_jax.config import ModelConfig, layer_period, padded_vocab, value_layers
 from nanochat_jax.kernels import attention, dispatch
-from nanochat_jax.model import mhc
+from nanochat_jax.model import mhc, mtp
 from nanochat_jax.model.layers import MLPS, rms_norm, rotary_table, rotate
 from nanochat_jax.params import ParamSpec
 from nanochat_jax.quant.project import Project
@@ -82,7 +82,7 @@ def param_specs(cfg: ModelConfig) -> dict:
         scalars["x0"] = ParamSpec((N,), ("layer",), P.constant(tuple(0.2 - 0.15 * t for t in ramp)))
     if scalars:
         specs["blocks"]["scale"] = scalars
-    return specs
+    return specs | mtp.param_specs(cfg, specs["blocks"])
 
 
 def compute_dtype(cfg: ModelConfig) -> jnp.dtype:

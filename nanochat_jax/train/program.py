@@ -38,7 +38,7 @@ def parameter_table(cfg: Config) -> str:
     specs = params_lib.flatten(transformer.param_specs(cfg.model))
     groups = params_lib.flatten(optim.labels(transformer.param_specs(cfg.model)))
     project = projections.from_config(cfg.model)
-    ternary = {f"blocks/{role}" for role in project.ternary_roles()}
+    ternary = {f"{part}/{role}" for part in ("blocks", "mtp") for role in project.ternary_roles()}
     rows = [("path", "shape", "format", "group", "count", "bytes")]
     for path, spec in specs.items():
         count = math.prod(spec.shape)
@@ -75,7 +75,8 @@ class Parts:
         self.target = jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), self.shapes, self.layout
         )
-        step = steps.make_train_step(self.loss_fn, self.tx, cfg.seed, cfg.train.microbatches)
+        prepare = losses.make_prepare(cfg.model)
+        step = steps.make_train_step(self.loss_fn, self.tx, cfg.seed, cfg.train.microbatches, prepare)
         rows = parallel.batch_sharding(self.mesh)
         self.step = jax.jit(
             step, donate_argnums=0, in_shardings=(self.layout, rows), out_shardings=(self.layout, None)

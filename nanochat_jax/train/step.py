@@ -25,19 +25,25 @@ def normalize(batch: Batch) -> Batch:
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, seed: int, microbatches: int = 1
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    seed: int,
+    microbatches: int = 1,
+    prepare: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> StepFn:
     """Build step(state, batch) -> (state, metrics), to be jitted with the state donated.
 
     The step's key is fold_in(key(seed), state.step): the same command gives the same bits,
     interrupted or not. With `microbatches` = m, microbatch i holds the rows i, i + m, ... and the
     gradients add up to those of the whole batch, because weights are normalized before the cut.
+    `prepare` adds what else the loss needs of the whole normalized batch (`losses.make_prepare`).
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), grads = _accumulate(gradient, state.params, normalize(batch), key, microbatches)
+        whole = prepare(normalize(batch))
+        (loss, metrics), grads = _accumulate(gradient, state.params, whole, key, microbatches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
