@@ -28,6 +28,7 @@ Nothing of a sublayer is kept for the backward pass but its streams, the project
 numbers a token) and the sublayer's output; the iterations in particular are computed again.
 """
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -133,10 +134,14 @@ def coefficients(cfg: MhcConfig, p: Params, x: jax.Array, eps: float = 1e-6) -> 
     """
     if cfg.streams == 1:
         return None
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # keeps x @ phi, not the iterations
-    return jax.checkpoint(lambda p, x: _coefficients(cfg, p, x, eps), policy=policy)(p, x)
+    return _coefficients(cfg, p, x, eps)
 
 
+@functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps x @ phi, not the iterations
+    static_argnums=(0, 3),
+)
 def _coefficients(cfg: MhcConfig, p: Params, x_BLSD: jax.Array, eps: float) -> Mix:
     B, L, S, D = x_BLSD.shape
     raw = p["bias"].reshape(1, 1, -1)

@@ -24,9 +24,7 @@ VARIANTS = {
     "ternary": dataclasses.replace(SMALL, **BLOCKS["modern"], quant="ternary"),
     "window": dataclasses.replace(SMALL, window=(5, 0)),
     "loops": dataclasses.replace(SMALL, loop=LoopConfig(count=3, norm=True)),
-    "streams": dataclasses.replace(
-        SMALL, **BLOCKS["modern"], mhc=MhcConfig(4, iterations=3), loop=LoopConfig(count=2, norm=True)
-    ),
+    "streams": dataclasses.replace(SMALL, **BLOCKS["modern"], mhc=MhcConfig(4, "permutation")),
     "reglu2": dataclasses.replace(SMALL, mlp="reglu2", sub_norm=True, tied=True),
 }
 VARIANTS["seed"] = dataclasses.replace(SMALL, **(BLOCKS["seed"] | {"quant_group": 8}), quant="ternary")
