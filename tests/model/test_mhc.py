@@ -334,7 +334,7 @@ def test_one_stream_is_the_model_without_streams(monkeypatch):
     assert str(jax.make_jaxpr(run)(params)) == one
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["sinkhorn", "permutation", "static"])
 def test_start_is_sane_and_every_connection_learns(form):
     """The first loss is that of guessing; gradients reach biases and projections at once, and alphas
     as soon as the projections have moved."""
