@@ -96,7 +96,7 @@ def _future_loss(cfg, project, chunk, coefficient, params, hidden_BLD, batch):
     shares_M = cfg.mtp.decay ** jnp.arange(depth, dtype=jnp.float32)
     weights_MBL = shares_M[:, None, None] * jnp.moveaxis(batch.future, 1, 0)
     coefficients = (("nll", coefficient), ("z", 0.0), ("entropy", 0.0))
-    total, sums = token_loss(
+    total, sums = token_loss(  # type: ignore[misc]
         cfg, chunk, coefficients, hidden_MBLD, transformer.head(cfg, params),
         mtp.future_targets(batch.targets, depth), weights_MBL,
     )  # fmt: skip
@@ -186,7 +186,8 @@ def _total(cfg, chunk, coefficients, hidden, head, targets, weights, grads):
     d_head = jnp.zeros(head.shape, jnp.float32) if grads else None
 
     def walk(d_head, piece):
-        sums, d_hidden, d_head = _scan(cfg, chunk, weight_of, piece[0], head, *piece[1:], d_head)
+        h, target, weight = piece
+        sums, d_hidden, d_head = _scan(cfg, chunk, weight_of, h, head, target, weight, d_head)
         return d_head, (sums, d_hidden)
 
     pieces = (hidden, targets, weights)

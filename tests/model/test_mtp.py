@@ -43,11 +43,16 @@ def packed(rows=4, unique=False):
 
 def initial(cfg):
     """Initial values plus noise, so that no gain is 1 and the head is visible."""
-    params = params_lib.init_params(transformer.param_specs(cfg), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return tree.unflatten(noisy)
+
+    @jax.jit
+    def noisy(key):
+        leaves, tree = jax.tree.flatten(params_lib.init_params(transformer.param_specs(cfg), key))
+        keys = jax.random.split(key, len(leaves))
+        return tree.unflatten(
+            [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+        )
+
+    return noisy(jax.random.key(1))
 
 
 def valid(rows=4):
@@ -111,10 +116,10 @@ def plain_losses(xp, kind, params, z, batch, ok):
         logits = (norm(xp, u, p["norm"]) @ params["head"])[..., :V]
         top = logits.max(-1, keepdims=True)
         log_p = logits - top - xp.log(xp.exp(logits - top).sum(-1, keepdims=True))
-        nll = sum(
-            -log_p[b, t, targets[b, t + m + 1]]
-            for b in range(len(targets)) for t in range(L) if ok[b, m, t]
-        )  # fmt: skip
+        later = np.zeros_like(targets)
+        later[:, : L - m - 1] = targets[:, m + 1 :]
+        rows, columns = np.indices(later.shape)
+        nll = -(ok[:, m] * log_p[rows, columns, later]).sum()
         found.append(nll / ok[:, m].sum())
     return found
 
@@ -135,7 +140,7 @@ def test_loss_and_all_gradients(kind):
     loss_fn = functools.partial(losses.make_loss(cfg, TERMS, 16), batch=batch, key=jax.random.key(0))
     (total, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     wide = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    z = np.asarray(hidden(params), np.float64)
+    z = np.asarray(jax.jit(hidden)(params), np.float64)
     want = plain_losses(np, kind, wide, z, fields(batch), ok)
     np.testing.assert_allclose([metrics[f"loss/mtp_{i}"] for i in (1, 2, 3)], want, rtol=1e-5)
     shares = np.asarray([1, 0.5, 0.25])
@@ -186,6 +191,7 @@ def test_causality_and_documents_by_gradient(kind):
     params, ok = initial(cfg), valid(1)[0]
     project = projections.from_config(cfg)
 
+    @jax.jit
     @jax.jacrev
     def outputs(embed):
         p = params | {"embed": embed}
@@ -203,10 +209,9 @@ def test_causality_and_documents_by_gradient(kind):
             assert set(np.flatnonzero(reach[i - 1, t] > 0)) == seen and t + i + 1 not in seen
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_valid_has_no_influence(kind, key):
+def test_what_is_not_valid_has_no_influence(key):
     """Targets of weight 0 may be anything: neither the loss nor a gradient changes by a bit."""
-    cfg, batch = of(kind), packed()
+    cfg, batch = of("chained"), packed()
     params = initial(cfg)
     other = batch.replace(targets=jnp.where(batch.weights > 0, batch.targets, 3))
     assert not np.array_equal(batch.targets, other.targets)
@@ -245,35 +250,35 @@ def test_evaluation_ignores_it(key):
     np.testing.assert_array_equal(nll, losses.make_token_nll(CFG, 16)(trunk, batch))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_microbatches_add_up(kind):
+def test_microbatches_add_up():
     """Rows with different numbers of valid targets: pieces give the whole batch's step."""
-    cfg, batch = of(kind, depth=2), packed()
+    cfg, batch = of("chained", depth=2), packed()
     params = initial(cfg)
     loss_fn, tx = losses.make_loss(cfg, TERMS, 16), optax.sgd(1.0)
 
-    def run(microbatches, prepare):
+    prepare = losses.make_prepare(cfg)
+
+    def run(microbatches):
         step = jax.jit(steps.make_train_step(loss_fn, tx, 0, microbatches, prepare))
         return step(steps.new_state(params, tx), batch)
 
-    whole, metrics = run(1, losses.make_prepare(cfg))
-    pieces, piece_metrics = run(2, losses.make_prepare(cfg))
-    far = 0.0
+    whole, metrics = run(1)
+    pieces, piece_metrics = run(2)
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(pieces.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
     for name in ("loss/total", "loss/mtp", "loss/mtp_1", "loss/mtp_2"):
         np.testing.assert_allclose(metrics[name], piece_metrics[name], rtol=1e-5)
-    cut_first, _ = run(2, lambda batch: batch)  # weights from each piece alone: another step
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(cut_first.params), strict=True):
-        far = max(far, float(jnp.abs(a - b).max()))
-    assert far > 1e-4
+    # Weights of each piece alone are others: the check above would see them.
+    normal = steps.normalize(batch)
+    alone = [mtp.future_weights(jax.tree.map(lambda a, i=i: a[i::2], normal), 2) for i in range(2)]
+    assert float(jnp.abs(alone[0] - mtp.future_weights(normal, 2)[::2]).max()) > 2e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_does_not_grow_with_depth_times_vocabulary(kind):
-    """From depth 1 to 4 the gradient's temporaries grow by less than one more gradient of the head,
-    and by far less than one offset's logits. A head gradient or logits per offset would be three."""
-    rows, length, vocab = 2, 64, 16384
+    """From depth 1 to 4 the gradient's temporaries grow by less than half a gradient of the head, and
+    by far less than one offset's logits. A head gradient or logits per offset would be three."""
+    rows, length, vocab = 2, 64, 65536
 
     def temporaries(depth):
         cfg = of(kind, depth, vocab_size=vocab)
@@ -286,7 +291,7 @@ def test_memory_does_not_grow_with_depth_times_vocabulary(kind):
         run = jax.jit(jax.grad(lambda p, b: loss_fn(p, b, jax.random.key(0))[0]))
         return run.lower(shapes, batch).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(4) - temporaries(1) < 4 * CFG.dim * vocab < 4 * rows * length * vocab / 4
+    assert temporaries(4) - temporaries(1) < 4 * CFG.dim * vocab / 2 < 4 * rows * length * vocab / 8
 
 
 class Recorder:
@@ -321,8 +326,7 @@ def test_roles_groups_and_formats():
         assert groups[path] == ("matrix" if leaf.ndim == 3 else "scalar"), path
 
 
-@pytest.mark.parametrize("block", ["modern", "seed"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "block"), [("chained", "modern"), ("parallel", "seed")])
 def test_every_weight_learns(kind, block, key):
     """With the options of other blocks, ternary, rematerialization, tied or not, and bfloat16."""
     options = BLOCKS[block] | {"quant_group": 8 if block == "seed" else 0}
