@@ -61,7 +61,8 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
         raise ValueError("the loss term 'mtp' needs model.mtp.depth of at least 1")
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
-        output = transformer.forward(cfg, project, params, batch)
+        drawing = project.keyed(key)
+        output = transformer.forward(cfg, drawing, params, batch)
         total, sums = token_loss(  # type: ignore[misc]
             cfg, chunk, tuple(coefficients.items()),
             output.hidden, transformer.head(cfg, params), batch.targets, batch.weights,
@@ -69,7 +70,7 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
         metrics = {f"loss/{name}": sums[TERMS[name][0]] for name, _ in terms if TERMS[name][0] in sums}
         metrics |= {"loss/next_token": sums["nll"], "loss/entropy": sums["entropy"]}
         if future:
-            more, means = _future_loss(cfg, project, chunk, future, params, output.hidden, batch)
+            more, means = _future_loss(cfg, drawing, chunk, future, params, output.hidden, batch)
             total, metrics = total + more, metrics | means
         return total, metrics | output.aux
 
@@ -91,8 +92,9 @@ def _future_loss(cfg, project, chunk, coefficient, params, hidden_BLD, batch):
     depth = cfg.mtp.depth
     batch = make_prepare(cfg)(batch) if batch.future is None else batch
     hidden_MBLD = mtp.future_hidden(
-        cfg, project, _block(cfg, project, batch), params["mtp"], params["embed"], hidden_BLD, batch.targets
-    )
+        cfg, project, transformer.last_layer(cfg, project, batch),
+        params["mtp"], params["embed"], hidden_BLD, batch.targets,
+    )  # fmt: skip
     shares_M = cfg.mtp.decay ** jnp.arange(depth, dtype=jnp.float32)
     weights_MBL = shares_M[:, None, None] * jnp.moveaxis(batch.future, 1, 0)
     coefficients = (("nll", coefficient), ("z", 0.0), ("entropy", 0.0))
@@ -103,19 +105,6 @@ def _future_loss(cfg, project, chunk, coefficient, params, hidden_BLD, batch):
     means_M = sums["nll"] / shares_M
     metrics = {f"loss/mtp_{i + 1}": means_M[i] for i in range(depth)}
     return total, metrics | {"loss/mtp": jnp.sum(sums["nll"]) / jnp.sum(shares_M)}
-
-
-def _block(cfg, project, batch) -> mtp.Block:
-    """The trunk's last layer as a function (x, weights) -> x on one residual stream."""
-    context = transformer._context(cfg, batch, None)
-    i = cfg.layers - 1
-
-    def block(x, p):
-        x = x + transformer._attention(cfg, project, context, batch.tokens, i, x, p["attn"], None, None)[0]
-        return x + transformer._mlp(cfg, project, x, p["mlp"])
-
-    run = transformer._remat(cfg, lambda _, x, p: block(x, p))
-    return lambda x, p: run(0, x, p)
 
 
 def make_token_nll(cfg: ModelConfig, chunk: int = 512) -> Callable[[Params, Batch], jax.Array]:

@@ -7,6 +7,8 @@ differ by layer (window, value embeddings) repeat with a period that divides `un
 The same function trains and, given a cache, serves.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -132,11 +134,11 @@ def forward(
         x = rms_norm(x, params.get("embed_norm"), cfg.norm_eps)
     context = _context(cfg, batch, cache)
     run = _remat(cfg, lambda i, x, x0, p, kv: _layer(cfg, project, context, batch.tokens, i, x, x0, p, kv))
-    layers = {"blocks": params["blocks"], "value": params.get("value", {})}
     x0, entries = x, []
     x, watch = mhc.expand(cfg.mhc, x), mhc.watch(cfg.mhc, batch.tokens.shape) if cache is None else None
     for r in range(cfg.loop.count):
         kv = None if cache is None else (cache.k[r], cache.v[r])
+        layers = {"blocks": _numbered(cfg, project, params["blocks"], r), "value": params.get("value", {})}
         (x, watch), written = _stack(cfg, run, (x, watch), x0, layers, kv)
         entries.append(written)
         if cfg.loop.norm and r + 1 < cfg.loop.count:
@@ -146,6 +148,26 @@ def forward(
         cache = KVCache(k, v, cache.length + batch.tokens.shape[1])
     aux = mhc.metrics(watch, x, batch.weights)
     return Output(rms_norm(mhc.collapse(cfg.mhc, x), params.get("norm"), cfg.norm_eps), cache, aux)
+
+
+def last_layer(cfg: ModelConfig, project: Project, batch: Batch) -> Callable[[jax.Array, Params], jax.Array]:
+    """The trunk's last layer as a function (x [B, L, D], weights) -> x on one residual stream, without
+    value embeddings and stream scalars; for layers that go on from the trunk (`model.mtp`)."""
+    context, i = _context(cfg, batch, None), cfg.layers - 1
+
+    def block(x, p):
+        x = x + _attention(cfg, project, context, batch.tokens, i, x, p["attn"], None, None)[0]
+        return x + _mlp(cfg, project, x, p["mlp"])
+
+    run = _remat(cfg, lambda _, x, p: block(x, p))
+    return lambda x, p: run(0, x, p)
+
+
+def _numbered(cfg: ModelConfig, project: Project, blocks: Params, loop: int) -> Params:
+    """The layers' weights with their number through all loops, where random rounding asks for it."""
+    if project.key is None:
+        return blocks
+    return {**blocks, "number": loop * cfg.layers + jnp.arange(cfg.layers)}
 
 
 def _context(cfg: ModelConfig, batch: Batch, cache: KVCache | None) -> dict:
@@ -219,6 +241,7 @@ def _each(tree, n: int) -> list:
 def _layer(cfg, project, context, tokens, i, x, x0, p, kv):
     """One layer: attention, then MLP, each added to the residual. i: index in the period."""
     (x, watch), scale = x, p.get("scale", {})
+    project = project.at(p["number"]) if "number" in p else project
     if "residual" in scale:
         x = scale["residual"].astype(x.dtype) * x
     if "x0" in scale:
