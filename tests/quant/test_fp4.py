@@ -147,6 +147,19 @@ def test_nearest_quantizer_equals_the_definition_bit_for_bit(name, tiles, seed, 
     np.testing.assert_allclose(np.asarray(short, np.float64) * float(tensor), values, rtol=3e-7)
 
 
+def test_scales_next_to_ties_are_rounded_after_an_exact_division():
+    """A product with the reciprocal of 6 would reach the tie from below and round up."""
+    ties = np.concatenate([np.arange(17, 32, 2) * 2.0**e for e in range(-4, 4)]).astype(np.float32)
+    maxima = np.concatenate(
+        [np.nextafter(6 * ties, np.float32(0)), 6 * ties, [2688]]
+    )  # 2688: no tensor scale
+    v = np.zeros((len(maxima), 16), np.float32)
+    v[:, 3] = maxima
+    got = QUANTIZE(jnp.asarray(v), name="nvfp4")
+    assert float(got.tensor) == 1
+    np.testing.assert_array_equal(np.asarray(got.scales).view(np.uint8), oracle(v, "nvfp4")[1])
+
+
 @pytest.mark.parametrize("name", fp4.FORMATS)
 def test_powers_of_ten_at_both_ends_and_zeros(name):
     for size in (1e30, 1e-30, 3e-38, 0.0):
