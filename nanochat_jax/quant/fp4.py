@@ -26,8 +26,8 @@ to the order of summation. It is slower than no FP4 at all; it shows what FP4 do
 A tensor's scale sees all tokens of the batch: NVFP4 activations of a token depend, in their last
 bits, on tokens after it.
 
-XLA on CPU takes subnormal float32 for zero, and turns a division by a constant into a multiplication
-by its rounded reciprocal: scales stay normal here, and divisors are hidden from it.
+XLA on CPU takes subnormal float32 for zero, casts to E4M3 by way of float16, and turns a division by a constant into a multiplication
+by its rounded reciprocal: scales stay normal here, and the divisor 6 depends on the data.
 """
 
 import math
@@ -140,20 +140,16 @@ def unpack(packed: jax.Array) -> jax.Array:
 # --- scales
 
 
-def _hidden(constant: float) -> jax.Array:
-    """A constant that XLA does not see, see the header."""
-    return jax.lax.optimization_barrier(jnp.float32(constant))
-
-
 def _e4m3_scales(top: jax.Array, up: bool) -> tuple[jax.Array, jax.Array]:
     # At most 2^116, so that neither the inverse nor its product with the least scale is subnormal.
-    enlarge = jnp.minimum(TOP * E4M3_TOP / jnp.max(top), 2.0**116)
-    wanted = jnp.clip(top / _hidden(TOP) * enlarge, E4M3_LEAST, E4M3_TOP)
-    scale = wanted.astype(jnp.float8_e4m3fn)
-    if up:  # positive floats are ordered as their bits are; the greatest is 0x7E, beyond is NaN
-        bits = jax.lax.bitcast_convert_type(scale, jnp.uint8)
-        low = (scale.astype(jnp.float32) < wanted) & (bits < 0x7E)
-        scale = jax.lax.bitcast_convert_type(bits + low.astype(jnp.uint8), jnp.float8_e4m3fn)
+    largest = jnp.max(top)
+    enlarge = jnp.minimum(TOP * E4M3_TOP / largest, 2.0**116)
+    six = jnp.where(largest == 0, 1.0, TOP)  # a constant behind an optimization barrier would be inverted
+    wanted = jnp.clip(top / six * enlarge, E4M3_LEAST, E4M3_TOP)
+    # By hand: XLA's cast passes through float16 on CPU, and rounds twice next to ties.
+    exponent = jax.lax.bitcast_convert_type(wanted, jnp.uint32) >> 23  # biased by 127
+    step = jax.lax.bitcast_convert_type(jnp.maximum(exponent - 3, 118) << 23, jnp.float32)
+    scale = ((jnp.ceil if up else jnp.round)(wanted / step) * step).astype(jnp.float8_e4m3fn)
     return jnp.where(top == 0, jnp.ones((), scale.dtype), scale), 1 / enlarge
 
 
