@@ -26,8 +26,8 @@ to the order of summation. It is slower than no FP4 at all; it shows what FP4 do
 A tensor's scale sees all tokens of the batch: NVFP4 activations of a token depend, in their last
 bits, on tokens after it.
 
-XLA on CPU takes subnormal float32 for zero, casts to E4M3 by way of float16, and turns a division by a constant into a multiplication
-by its rounded reciprocal: scales stay normal here, and the divisor 6 depends on the data.
+XLA on CPU takes subnormal float32 for zero, casts to E4M3 by way of float16, and turns a division by a
+scalar into a multiplication by its rounded reciprocal: scales stay normal here, and divisors are arrays.
 """
 
 import math
@@ -142,9 +142,8 @@ def unpack(packed: jax.Array) -> jax.Array:
 
 def _e4m3_scales(top: jax.Array, up: bool) -> tuple[jax.Array, jax.Array]:
     # At most 2^116, so that neither the inverse nor its product with the least scale is subnormal.
-    largest = jnp.max(top)
-    enlarge = jnp.minimum(TOP * E4M3_TOP / largest, 2.0**116)
-    six = jnp.where(largest == 0, 1.0, TOP)  # a constant behind an optimization barrier would be inverted
+    enlarge = jnp.minimum(TOP * E4M3_TOP / jnp.max(top), 2.0**116)
+    six = jnp.where(top == 0, 1.0, TOP)  # an array, see the header
     wanted = jnp.clip(top / six * enlarge, E4M3_LEAST, E4M3_TOP)
     # By hand: XLA's cast passes through float16 on CPU, and rounds twice next to ties.
     exponent = jax.lax.bitcast_convert_type(wanted, jnp.uint32) >> 23  # biased by 127
