@@ -196,7 +196,7 @@ def test_causality_and_documents_by_gradient(kind):
     def outputs(embed):
         p = params | {"embed": embed}
         z = transformer.forward(cfg, project, p, batch).hidden
-        block = losses._block(cfg, project, batch)
+        block = transformer.last_layer(cfg, project, batch)
         u = mtp.future_hidden(cfg, project, block, p["mtp"], embed, z, batch.targets)
         return jnp.sum(u[:, 0] * jnp.linspace(1, 2, u.shape[-1])[None, None], -1)  # [M, L]
 
@@ -314,7 +314,7 @@ def test_roles_groups_and_formats():
     params, recorder = initial(cfg), Recorder()
     z = jnp.zeros((*batch.tokens.shape, cfg.dim))
     mtp.future_hidden(
-        cfg, recorder, losses._block(cfg, recorder, batch),  # type: ignore[arg-type]
+        cfg, recorder, transformer.last_layer(cfg, recorder, batch),  # type: ignore[arg-type]
         params["mtp"], params["embed"], z, batch.targets,
     )  # fmt: skip
     assert set(recorder.roles) == {*projections.BLOCK_ROLES, "mtp/join"}

@@ -289,7 +289,6 @@ def test_training_in_nvfp4_lowers_the_loss(tiny, key):
     assert seen[-1] < 0.5 * seen[0], seen
 
 
-@pytest.mark.xfail(strict=True, reason="losses.make_loss does not pass its key to Project.keyed yet")
 def test_the_key_of_the_step_reaches_the_rounding(tiny, key):
     cfg = dataclasses.replace(tiny, layers=1, quant="nvfp4_grad")
     loss_fn = losses.make_loss(cfg, (("next_token", 1.0),))
