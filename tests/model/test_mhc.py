@@ -334,6 +334,7 @@ def test_one_stream_is_the_model_without_streams(monkeypatch):
     assert str(jax.make_jaxpr(run)(params)) == one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["sinkhorn", "permutation", "static"])
 def test_start_is_sane_and_every_connection_learns(form):
     """The first loss is that of guessing; gradients reach biases and projections at once, and alphas
@@ -392,6 +393,7 @@ def test_streams_differ_because_the_start_breaks_their_symmetry(broken, monkeypa
         assert apart < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_relabeling_streams_changes_nothing(form):
     cfg, batch = streams(form), rows()
@@ -464,6 +466,7 @@ def test_connections_belong_to_the_scalar_group():
     assert sum("/mhc/" in path for path in labels) == 6
 
 
+@pytest.mark.slow
 def test_pieces_of_a_batch_add_up_and_devices_agree():
     """Loss and gains, with tokens of unequal weight; two batches are one trace."""
     cfg = streams("sinkhorn")

@@ -250,6 +250,7 @@ def test_evaluation_ignores_it(key):
     np.testing.assert_array_equal(nll, losses.make_token_nll(CFG, 16)(trunk, batch))
 
 
+@pytest.mark.slow
 def test_microbatches_add_up():
     """Rows with different numbers of valid targets: pieces give the whole batch's step."""
     cfg, batch = of("chained", depth=2), packed()
@@ -274,6 +275,7 @@ def test_microbatches_add_up():
     assert float(jnp.abs(alone[0] - mtp.future_weights(normal, 2)[::2]).max()) > 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_does_not_grow_with_depth_times_vocabulary(kind):
     """From depth 1 to 4 the gradient's temporaries grow by less than half a gradient of the head, and
@@ -326,6 +328,7 @@ def test_roles_groups_and_formats():
         assert groups[path] == ("matrix" if leaf.ndim == 3 else "scalar"), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "block"), [("chained", "modern"), ("parallel", "seed")])
 def test_every_weight_learns(kind, block, key):
     """With the options of other blocks, ternary, rematerialization, tied or not, and bfloat16."""

@@ -324,11 +324,13 @@ CHECKS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_conformance(check):
     check(adam)
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded(monkeypatch):
     monkeypatch.setitem(conformance.ROWS, "fire", adam)
     conformance.test_sharded_equals_unsharded("fire", "both")
@@ -358,6 +360,7 @@ def test_a_tree_mask_may_name_leaves_that_another_transform_owns():
     np.testing.assert_allclose(p["up"], isometry(P["up"]), atol=CLOSE)
 
 
+@pytest.mark.slow
 def test_donation_and_resumption():
     """The state is updated in place, and a run that goes on from saved numbers is the same run."""
     tx = fire.fire(optax.adamw(0.1), everything, [1, 4], iterations=3)

@@ -316,18 +316,21 @@ CHECKS = (
 rows = pytest.mark.parametrize("make", ROWS.values(), ids=ROWS)
 
 
+@pytest.mark.slow
 @rows
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_conformance(check, make):
     check(make)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_sharded_equals_unsharded(row, monkeypatch):
     monkeypatch.setitem(conformance.ROWS, row, ROWS[row])
     conformance.test_sharded_equals_unsharded(row, "both")
 
 
+@pytest.mark.slow
 @rows
 def test_donation_and_resumption(make):
     """The state is updated in place, and a run that goes on from saved numbers is the same run."""

@@ -448,6 +448,7 @@ def kind(x):
     return x.shape, x.dtype, x.weak_type
 
 
+@pytest.mark.slow
 @rows
 def test_state_keeps_its_types_and_compiles_once(inner, settings):
     tx, traces = make(inner, settings), []
@@ -467,6 +468,7 @@ def test_state_keeps_its_types_and_compiles_once(inner, settings):
     assert_close(p, run(tx, update=tx.update)[0])  # without jit
 
 
+@pytest.mark.slow
 @rows
 def test_composes_with_masked_and_partition(inner, settings):
     tx = make(inner, settings, gap=1000)
@@ -482,6 +484,7 @@ def test_composes_with_masked_and_partition(inner, settings):
     np.testing.assert_array_equal(parts["blocks"]["mlp"]["down"], tree(0)["blocks"]["mlp"]["down"])
 
 
+@pytest.mark.slow
 @rows
 def test_inside_multi_steps_and_inject_hyperparams(inner, settings):
     tx = make(inner, settings)
@@ -504,6 +507,7 @@ def test_inside_multi_steps_and_inject_hyperparams(inner, settings):
     assert float(injected.init(tree(0)).hyperparams["scale"]) == 1.0
 
 
+@pytest.mark.slow
 @rows
 def test_resumed_equals_uninterrupted_bit_for_bit(inner, settings, tmp_path):
     tx = make(inner, settings)
@@ -519,6 +523,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(inner, settings, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, run(tx, range(4, 6), p, state, update), want)
 
 
+@pytest.mark.slow
 @rows
 def test_minimizes_a_matrix_quadratic(inner, settings):
     """The subspace must move: a fixed one of rank 4 in 8 could at best remove what it spans."""
@@ -541,6 +546,7 @@ LAYOUTS = {"layers": ("x",), "rows": (None, "x"), "both": (None, "x", "y")}
 CASES = [("muon_rotate_randomized", "both"), ("muon_transport_8bit", "layers"), ("adam_rotate", "rows")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "layout"), CASES)
 def test_sharded_equals_unsharded(row, layout):
     if jax.device_count() < 8:

@@ -525,12 +525,14 @@ def test_one_trace_stable_types_extra_arguments(make):
     assert layout(jax.eval_shape(tx.init, tree(0))) == layout(state)
 
 
+@pytest.mark.slow
 @rows
 def test_jit_equals_no_jit(make):
     tx = make(0.1)
     assert_close(run(tx, tx.update)[0], run(tx)[0])
 
 
+@pytest.mark.slow
 @rows
 def test_minimizes_a_matrix_quadratic(make):
     tx = optax.chain(make(0.3), optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 80)))
@@ -548,6 +550,7 @@ def test_minimizes_a_matrix_quadratic(make):
     assert float(loss(p)) < 0.1 * first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ROWS["muon"], ROWS["adam_stochastic"]], ids=["muon", "adam_stochastic"])
 def test_inside_chain_masked_partition_and_inject_hyperparams(make):
     p, _ = run(make(0.1))
@@ -562,6 +565,7 @@ def test_inside_chain_masked_partition_and_inject_hyperparams(make):
     np.testing.assert_array_equal(parts["down"], tree(0)["blocks"]["mlp"]["down"])
 
 
+@pytest.mark.slow
 @rows
 def test_inside_multi_steps(make):
     tx = make(0.1)
@@ -590,6 +594,7 @@ LAYOUTS = {"layers": ("x",), "rows": (None, "x"), "columns": (None, None, "y"), 
 CASES = [("muon", "layers"), ("muon", "rows"), ("lion_dynamic", "columns"), ("adam_stochastic", "half")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "where"), CASES)
 def test_sharded_equals_unsharded(row, where):
     if jax.device_count() < 8:
