@@ -26,7 +26,7 @@ to the order of summation. It is slower than no FP4 at all; it shows what FP4 do
 A tensor's scale sees all tokens of the batch: NVFP4 activations of a token depend, in their last
 bits, on tokens after it.
 
-XLA on CPU takes subnormal float32 for zero, casts to E4M3 by way of float16, and turns a division by a
+XLA on CPU takes subnormal float32 for zero, and turns a division by a
 scalar into a multiplication by its rounded reciprocal: scales stay normal here, and divisors are arrays.
 """
 
@@ -145,7 +145,7 @@ def _e4m3_scales(top: jax.Array, up: bool) -> tuple[jax.Array, jax.Array]:
     enlarge = jnp.minimum(TOP * E4M3_TOP / jnp.max(top), 2.0**116)
     six = jnp.where(top == 0, 1.0, TOP)  # an array, see the header
     wanted = jnp.clip(top / six * enlarge, E4M3_LEAST, E4M3_TOP)
-    # By hand: XLA's cast passes through float16 on CPU, and rounds twice next to ties.
+    # By hand, so that the bits do not depend on how a backend casts to E4M3.
     exponent = jax.lax.bitcast_convert_type(wanted, jnp.uint32) >> 23  # biased by 127
     step = jax.lax.bitcast_convert_type(jnp.maximum(exponent - 3, 118) << 23, jnp.float32)
     scale = ((jnp.ceil if up else jnp.round)(wanted / step) * step).astype(jnp.float8_e4m3fn)
