@@ -98,6 +98,8 @@ def state_shardings(
             parts = int(np.prod([mesh.shape[axis] for axis in _names(entry)]))
             # A dimension of another size (projected, folded, one scale per block) is not split.
             entries.append(entry if size == own and size % parts == 0 else None)
+        while entries and entries[-1] is None:
+            entries.pop()
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     return jax.tree_util.tree_map_with_path(find, state)
