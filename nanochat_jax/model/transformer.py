@@ -7,6 +7,7 @@ differ by layer (window, value embeddings) repeat with a period that divides `un
 The same function trains and, given a cache, serves.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,13 +16,11 @@ import jax.numpy as jnp
 from nanochat_jax import params as P
 from nanochat_jax.config import ModelConfig, layer_period, padded_vocab, value_layers
 from nanochat_jax.kernels import attention, dispatch
-from nanochat_jax.model import mhc, mtp
-from nanochat_jax.model.layers import MLPS, rms_norm, rotary_table, rotate
+from nanochat_jax.model import block, mhc, mtp
+from nanochat_jax.model.layers import MLPS, rms_norm
 from nanochat_jax.params import ParamSpec
 from nanochat_jax.quant.project import Project
 from nanochat_jax.types import Batch, KVCache, Output, Params
-
-GATE_INPUTS = 12  # channels of the stream that steer the value-embedding gate, as in nanochat
 
 
 def param_specs(cfg: ModelConfig) -> dict:
@@ -73,7 +72,7 @@ def param_specs(cfg: ModelConfig) -> dict:
         specs["value"] = {
             "embed": ParamSpec((E, V, GK), (None, "vocab", None), P.uniform(D**-0.5)),
             "gate": ParamSpec(
-                (E, GATE_INPUTS, cfg.kv_heads), (None, None, None), P.uniform(0.01), matmul=True
+                (E, block.GATE_INPUTS, cfg.kv_heads), (None, None, None), P.uniform(0.01), matmul=True
             ),
         }
     ramp = [i / max(1, N - 1) for i in range(N)]  # both scalars shrink with depth, as in nanochat
@@ -132,8 +131,8 @@ def forward(
     x = params["embed"].astype(dtype)[batch.tokens]
     if cfg.embed_norm:
         x = rms_norm(x, params.get("embed_norm"), cfg.norm_eps)
-    context = _context(cfg, batch, cache)
-    run = _remat(cfg, lambda i, x, x0, p, kv: _layer(cfg, project, context, batch.tokens, i, x, x0, p, kv))
+    context = block.make_context(cfg, batch, cache)
+    run = _remat(cfg, functools.partial(block.layer, cfg, project, context, batch.tokens))
     x0, entries = x, []
     x, watch = mhc.expand(cfg.mhc, x), mhc.watch(cfg.mhc, batch.tokens.shape) if cache is None else None
     for r in range(cfg.loop.count):
@@ -153,13 +152,13 @@ def forward(
 def last_layer(cfg: ModelConfig, project: Project, batch: Batch) -> Callable[[jax.Array, Params], jax.Array]:
     """The trunk's last layer as a function (x [B, L, D], weights) -> x on one residual stream, without
     value embeddings and stream scalars; for layers that go on from the trunk (`model.mtp`)."""
-    context, i = _context(cfg, batch, None), cfg.layers - 1
+    context, i = block.make_context(cfg, batch, None), cfg.layers - 1
 
-    def block(x, p):
-        x = x + _attention(cfg, project, context, batch.tokens, i, x, p["attn"], None, None)[0]
-        return x + _mlp(cfg, project, x, p["mlp"])
+    def layer(_, x, p):
+        x = x + block.attention(cfg, project, context, batch.tokens, i, x, p["attn"], None, None)[0]
+        return x + block.mlp(cfg, project, x, p["mlp"])
 
-    run = _remat(cfg, lambda _, x, p: block(x, p))
+    run = _remat(cfg, layer)
     return lambda x, p: run(0, x, p)
 
 
@@ -168,23 +167,6 @@ def _numbered(cfg: ModelConfig, project: Project, blocks: Params, loop: int) -> 
     if project.key is None:
         return blocks
     return {**blocks, "number": loop * cfg.layers + jnp.arange(cfg.layers)}
-
-
-def _context(cfg: ModelConfig, batch: Batch, cache: KVCache | None) -> dict:
-    """What all layers share: rotary tables, and which key index and segment each slot has."""
-    B, L = batch.tokens.shape
-    index = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
-    # The barrier keeps XLA from fusing the sines into every layer's rotation and computing them again
-    # for each head (on CPU that costs more than the attention products).
-    table = jax.lax.optimization_barrier(rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta))
-    context: dict = {"rotary": table}
-    if cache is None:
-        return context | {"q": (index, batch.segments), "k": (index, batch.segments), "start": None}
-    slots = jnp.broadcast_to(jnp.arange(cache.k.shape[3], dtype=jnp.int32), (B, cache.k.shape[3]))
-    q_index = cache.length[:, None] + index
-    return context | {
-        "q": (q_index, jnp.zeros_like(q_index)), "k": (slots, jnp.zeros_like(slots)), "start": cache.length,
-    }  # fmt: skip
 
 
 def _remat(cfg: ModelConfig, run):
@@ -236,69 +218,3 @@ def _each(tree, n: int) -> list:
     leaves, structure = jax.tree.flatten(tree)
     columns = [[part[0] for part in jnp.split(leaf, n)] for leaf in leaves]
     return [structure.unflatten(row) for row in zip(*columns, strict=True)]
-
-
-def _layer(cfg, project, context, tokens, i, x, x0, p, kv):
-    """One layer: attention, then MLP, each added to the residual. i: index in the period."""
-    (x, watch), scale = x, p.get("scale", {})
-    project = project.at(p["number"]) if "number" in p else project
-    if "residual" in scale:
-        x = scale["residual"].astype(x.dtype) * x
-    if "x0" in scale:
-        x = x + scale["x0"].astype(x.dtype) * mhc.expand(cfg.mhc, x0)
-    mix = mhc.coefficients(cfg.mhc, p["attn"].get("mhc", {}), x, cfg.norm_eps)
-    h, watch = mhc.read(mix, x), mhc.observe(watch, mix)
-    y, kv = _attention(cfg, project, context, tokens, i, h, p["attn"], p["value"], kv)
-    x = mhc.write(mix, x, y)
-    mix = mhc.coefficients(cfg.mhc, p["mlp"].get("mhc", {}), x, cfg.norm_eps)
-    h, watch = mhc.read(mix, x), mhc.observe(watch, mix)
-    return (mhc.write(mix, x, _mlp(cfg, project, h, p["mlp"])), watch), kv
-
-
-def _attention(cfg, project, context, tokens, i, x_BLD, p, value, kv):
-    B, L, _ = x_BLD.shape
-    h = rms_norm(x_BLD, p.get("norm"), cfg.norm_eps)
-    flat = project.several(("attn/q", "attn/k", "attn/v"), h, (p["q"], p["k"], p["v"]))
-    q, k, v = (y.reshape(B, L, -1, cfg.head_dim) for y in flat)
-    if value is not None:
-        gate = 3 * jax.nn.sigmoid(project("value/gate", h[..., :GATE_INPUTS], value["gate"]))
-        v = v + gate[..., None] * value["embed"].astype(v.dtype)[tokens].reshape(v.shape)
-    q, k = _queries_keys(cfg, q, k, p, context["rotary"])
-    keys, values = k, v
-    if kv is not None:
-        keys, values = kv = _write(kv[0], k, context["start"]), _write(kv[1], v, context["start"])
-        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-    window = cfg.window[i % len(cfg.window)] if cfg.window else 0
-    (q_index, q_segment), (k_index, k_segment) = context["q"], context["k"]
-    y = attention.attend(
-        q, keys, values, q_index, k_index, q_segment, k_segment, window=window, aligned=kv is None
-    ).reshape(B, L, -1)
-    if cfg.sub_norm:
-        y = rms_norm(y, p.get("sub_norm"), cfg.norm_eps)
-    return project("attn/o", y, p["o"]), kv
-
-
-def _queries_keys(cfg, q, k, p, table):
-    def norm(x, gain):
-        return rms_norm(x, p.get(gain), cfg.norm_eps) * jnp.asarray(cfg.qk_gain, x.dtype)
-
-    if cfg.qk_norm == "before_rope":
-        q, k = norm(q, "q_norm"), norm(k, "k_norm")
-    q, k = rotate(q, table), rotate(k, table)
-    if cfg.qk_norm == "after_rope":
-        q, k = norm(q, "q_norm"), norm(k, "k_norm")
-    return q, k
-
-
-def _write(cache_BTGK, new_BLGK, start_B):
-    """Put each row's new entries behind its own length."""
-    write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0, 0)))
-    return write(cache_BTGK, new_BLGK.astype(cache_BTGK.dtype), start_B)
-
-
-def _mlp(cfg, project, x_BLD, p):
-    h = rms_norm(x_BLD, p.get("norm"), cfg.norm_eps)
-    inner = MLPS[cfg.mlp][0](project, p, h)
-    if cfg.sub_norm:
-        inner = rms_norm(inner, p.get("sub_norm"), cfg.norm_eps)
-    return project("mlp/down", inner, p["down"])

@@ -16,7 +16,7 @@ from nanochat_jax import config as config_lib
 from nanochat_jax import losses, optim, parallel
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import LoopConfig, MhcConfig, ModelConfig
-from nanochat_jax.model import mhc, transformer
+from nanochat_jax.model import block, mhc, transformer
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Batch
 
@@ -314,9 +314,9 @@ def plain_layer(cfg, project, context, tokens, i, carry, x0, p, kv):
         x = scale["residual"].astype(x.dtype) * x
     if "x0" in scale:
         x = x + scale["x0"].astype(x.dtype) * x0
-    y, kv = transformer._attention(cfg, project, context, tokens, i, x, p["attn"], p["value"], kv)
+    y, kv = block.attention(cfg, project, context, tokens, i, x, p["attn"], p["value"], kv)
     x = x + y
-    return (x + transformer._mlp(cfg, project, x, p["mlp"]), None), kv
+    return (x + block.mlp(cfg, project, x, p["mlp"]), None), kv
 
 
 def test_one_stream_is_the_model_without_streams(monkeypatch):
@@ -330,7 +330,7 @@ def test_one_stream_is_the_model_without_streams(monkeypatch):
     run = lambda p: transformer.forward(cfg, projections.from_config(cfg), p, batch)  # noqa: E731
     one = str(jax.make_jaxpr(run)(params))
     assert jax.eval_shape(run, params).aux == {}
-    monkeypatch.setattr(transformer, "_layer", plain_layer)
+    monkeypatch.setattr(block, "layer", plain_layer)
     assert str(jax.make_jaxpr(run)(params)) == one
 
 

@@ -1,0 +1,113 @@
+"""One layer of the transformer: attention, then MLP, each read from the residual and added to it.
+
+Functions of (cfg, project, ...) over the weights of a single layer; model/transformer.py stacks them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.config import ModelConfig
+from nanochat_jax.kernels import attention as kernels
+from nanochat_jax.model import mhc
+from nanochat_jax.model.layers import MLPS, rms_norm, rotary_table, rotate
+from nanochat_jax.quant.project import Project
+from nanochat_jax.types import Batch, KVCache, Params
+
+GATE_INPUTS = 12  # channels of the stream that steer the value-embedding gate, as in nanochat
+
+
+def make_context(cfg: ModelConfig, batch: Batch, cache: KVCache | None) -> dict:
+    """What all layers share: rotary tables, and which key index and segment each slot has."""
+    B, L = batch.tokens.shape
+    index = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
+    # The barrier keeps XLA from fusing the sines into every layer's rotation and computing them again
+    # for each head (on CPU that costs more than the attention products).
+    table = jax.lax.optimization_barrier(rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta))
+    shared: dict = {"rotary": table}
+    if cache is None:
+        return shared | {"q": (index, batch.segments), "k": (index, batch.segments), "start": None}
+    slots = jnp.broadcast_to(jnp.arange(cache.k.shape[3], dtype=jnp.int32), (B, cache.k.shape[3]))
+    q_index = cache.length[:, None] + index
+    return shared | {
+        "q": (q_index, jnp.zeros_like(q_index)), "k": (slots, jnp.zeros_like(slots)), "start": cache.length,
+    }  # fmt: skip
+
+
+def layer(
+    cfg: ModelConfig, project: Project, context: dict, tokens: jax.Array, i: int, carry: tuple, x0: jax.Array,
+    p: Params, kv: tuple | None,
+) -> tuple[tuple, tuple | None]:  # fmt: skip
+    """One layer: attention, then MLP, each added to the residual.
+
+    Args: tokens: int32 [B, L]. i: the layer's index in the period. carry: (residual [B, L, D] or
+    [B, L, S, D], what model.mhc watches). x0: [B, L, D], the embedding. p: the layer's weights. kv: its
+    slices of the cache, [B, T, G, K] each, or None.
+    Returns: the carry after the layer, and kv with the new entries.
+    """
+    (x, watch), scale = carry, p.get("scale", {})
+    project = project.at(p["number"]) if "number" in p else project
+    if "residual" in scale:
+        x = scale["residual"].astype(x.dtype) * x
+    if "x0" in scale:
+        x = x + scale["x0"].astype(x.dtype) * mhc.expand(cfg.mhc, x0)
+    mix = mhc.coefficients(cfg.mhc, p["attn"].get("mhc", {}), x, cfg.norm_eps)
+    h, watch = mhc.read(mix, x), mhc.observe(watch, mix)
+    y, kv = attention(cfg, project, context, tokens, i, h, p["attn"], p["value"], kv)
+    x = mhc.write(mix, x, y)
+    mix = mhc.coefficients(cfg.mhc, p["mlp"].get("mhc", {}), x, cfg.norm_eps)
+    h, watch = mhc.read(mix, x), mhc.observe(watch, mix)
+    return (mhc.write(mix, x, mlp(cfg, project, h, p["mlp"])), watch), kv
+
+
+def attention(
+    cfg: ModelConfig, project: Project, context: dict, tokens: jax.Array, i: int, x_BLD: jax.Array,
+    p: Params, value: Params | None, kv: tuple | None,
+) -> tuple[jax.Array, tuple | None]:  # fmt: skip
+    """The attention sublayer: norm, projections, value embeddings, attention. Returns ([B, L, D], kv)."""
+    B, L, _ = x_BLD.shape
+    h = rms_norm(x_BLD, p.get("norm"), cfg.norm_eps)
+    flat = project.several(("attn/q", "attn/k", "attn/v"), h, (p["q"], p["k"], p["v"]))
+    q, k, v = (y.reshape(B, L, -1, cfg.head_dim) for y in flat)
+    if value is not None:
+        gate = 3 * jax.nn.sigmoid(project("value/gate", h[..., :GATE_INPUTS], value["gate"]))
+        v = v + gate[..., None] * value["embed"].astype(v.dtype)[tokens].reshape(v.shape)
+    q, k = _queries_keys(cfg, q, k, p, context["rotary"])
+    keys, values = k, v
+    if kv is not None:
+        keys, values = kv = _write(kv[0], k, context["start"]), _write(kv[1], v, context["start"])
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+    window = cfg.window[i % len(cfg.window)] if cfg.window else 0
+    (q_index, q_segment), (k_index, k_segment) = context["q"], context["k"]
+    y = kernels.attend(
+        q, keys, values, q_index, k_index, q_segment, k_segment, window=window, aligned=kv is None
+    ).reshape(B, L, -1)
+    if cfg.sub_norm:
+        y = rms_norm(y, p.get("sub_norm"), cfg.norm_eps)
+    return project("attn/o", y, p["o"]), kv
+
+
+def _queries_keys(cfg, q, k, p, table):
+    def norm(x, gain):
+        return rms_norm(x, p.get(gain), cfg.norm_eps) * jnp.asarray(cfg.qk_gain, x.dtype)
+
+    if cfg.qk_norm == "before_rope":
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    q, k = rotate(q, table), rotate(k, table)
+    if cfg.qk_norm == "after_rope":
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    return q, k
+
+
+def _write(cache_BTGK, new_BLGK, start_B):
+    """Put each row's new entries behind its own length."""
+    write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0, 0)))
+    return write(cache_BTGK, new_BLGK.astype(cache_BTGK.dtype), start_B)
+
+
+def mlp(cfg: ModelConfig, project: Project, x_BLD: jax.Array, p: Params) -> jax.Array:
+    """The MLP sublayer: norm, then one of MLPS. Returns [B, L, D]."""
+    h = rms_norm(x_BLD, p.get("norm"), cfg.norm_eps)
+    inner = MLPS[cfg.mlp][0](project, p, h)
+    if cfg.sub_norm:
+        inner = rms_norm(inner, p.get("sub_norm"), cfg.norm_eps)
+    return project("mlp/down", inner, p["down"])
