@@ -8,8 +8,7 @@ from nanochat_jax.cli import read_config
 
 
 def get_config(arg: str = ""):
-    config = read_config(f"tiny:{arg}")
+    config = read_config(f"e3_galore2:{arg}")
     config.name = "e3_galore2_muon_8bit"
-    config.opt.galore.rank = 64
     config.opt.matrix.state_bits = 8
     return config

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.config import MeshConfig
-from nanochat_jax.params import ParamSpec, flatten, path_name
+from nanochat_jax.params import ParamSpec, flatten, owner, path_name
 from nanochat_jax.types import Batch, TrainState
 
 AXES = ("data", "fsdp", "tensor")
@@ -88,13 +88,11 @@ def state_shardings(
     layouts = {path: partition(path, spec, mesh, rules) for path, spec in shapes.items()}
 
     def find(path: tuple, leaf: Any) -> NamedSharding:
-        name = path_name(path)
-        owners = [p for p in layouts if name == p or name.endswith("/" + p)]
-        if not owners:
+        weight = owner(path_name(path), layouts)
+        if weight is None:
             return NamedSharding(mesh, PartitionSpec())
-        owner = max(owners, key=len)  # blocks/attn/norm before norm
         entries = []
-        for size, own, entry in zip(leaf.shape, shapes[owner].shape, layouts[owner], strict=False):
+        for size, own, entry in zip(leaf.shape, shapes[weight].shape, layouts[weight], strict=False):
             parts = int(np.prod([mesh.shape[axis] for axis in _names(entry)]))
             # A dimension of another size (projected, folded, one scale per block) is not split.
             entries.append(entry if size == own and size % parts == 0 else None)

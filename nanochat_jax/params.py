@@ -76,6 +76,15 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def owner(path: str, names: Iterable[str]) -> str | None:
+    """The weight whose state a leaf is: the longest name that the leaf's path ends in, or None.
+
+    >>> owner("0/mu/attn/norm", ["norm", "attn/norm"])
+    'attn/norm'
+    """
+    return max((n for n in names if path == n or path.endswith("/" + n)), key=len, default=None)
+
+
 def fold_name(key: Key, name: str) -> Key:
     """Fold a key with a stable hash of `name` (Python's own hash is salted per process)."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -76,7 +76,7 @@ TREES: dict[str, tuple[ModelConfig, int]] = {
     "config_c": (_model(1792, 22, 14, 7168, 50257, False), 384),
 }
 TIMED = ("tiny", "nano_125m")  # trees small enough to be updated on any machine
-GAP = 200  # GaLore's default update_gap
+GAP = GaloreConfig().update_gap
 
 
 def settings(chain: str, rank: int) -> OptConfig:
@@ -167,8 +167,7 @@ def optimizers(blocks: int, steps: int, trees: Sequence[str] = tuple(TREES)) -> 
         "memory": {tree: {chain: measure_memory(chain, tree) for chain in CHAINS} for tree in trees},
         "times": {tree: measure_times(tree, blocks, steps) for tree in TIMED if tree in trees},
         "parameters": {
-            tree: sum(math.prod(x.shape) for x in jax.tree.leaves(shapes_of(TREES[tree][0])))
-            for tree in trees
+            tree: params_lib.count(transformer.param_specs(TREES[tree][0])) for tree in trees
         },
         "ranks": {tree: TREES[tree][1] for tree in trees},
         "blocks": blocks, "steps_per_block": steps, "update_gap": GAP,

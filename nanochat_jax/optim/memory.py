@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from nanochat_jax.params import flatten
+from nanochat_jax.params import flatten, owner
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]:
@@ -22,11 +22,10 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> dict[str, int]
     {'b': 64, 'w': 512, '': 4}
     """
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    totals = dict.fromkeys(flatten(shapes), 0) | {"": 0}
+    names = list(flatten(shapes))
+    totals = dict.fromkeys(names, 0) | {"": 0}
     for path, leaf in flatten(jax.eval_shape(tx.init, shapes)).items():
-        owners = [p for p in totals if p and (path == p or path.endswith("/" + p))]
-        owner = max(owners, key=len, default="")  # attn/norm before norm
-        totals[owner] += math.prod(leaf.shape) * leaf.dtype.itemsize
+        totals[owner(path, names) or ""] += math.prod(leaf.shape) * leaf.dtype.itemsize
     return totals
 
 

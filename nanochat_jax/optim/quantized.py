@@ -39,6 +39,7 @@ import numpy as np
 import optax
 
 from nanochat_jax import params as params_lib
+from nanochat_jax.kernels.noise import hashed_bits
 from nanochat_jax.types import Key
 
 
@@ -282,24 +283,8 @@ def _from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _uniform(key: Key, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform multiples of 2^-24 in [0, 1), float32 of `shape`; equal keys give equal numbers.
-
-    Rounding needs numbers that are uniform and unrelated between elements and steps, nothing more.
-    A hash of the element's index with two words from the key gives them in the same loop as the
-    rounding; `jax.random.uniform` would cost several times the rest of the encoding.
-    """
-    salt = jax.random.bits(key, (2,), jnp.uint32)
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):  # wraps beyond 2^32 elements
-        index = index * size + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return (_mix(_mix(index ^ salt[0]) ^ salt[1]) >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """Permutation of uint32 in which every bit of the input moves every bit of the output."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return x ^ (x >> 16)
+    """Uniform multiples of 2^-24 in [0, 1), float32 of `shape`; equal keys give equal numbers."""
+    return (hashed_bits(key, shape) >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _round(multiples: jax.Array, code: str, offset: jax.typing.ArrayLike) -> jax.Array:

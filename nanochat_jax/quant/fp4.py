@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.config import Fp4Config
+from nanochat_jax.kernels.noise import hashed_bits
 from nanochat_jax.types import Key
 
 LEVELS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # by the lower three bits of a code
@@ -90,22 +91,8 @@ def uniform(key: Key, shape: tuple[int, ...]) -> jax.Array:
     """Odd multiples of 2^-21 in (0, 1), float32 of `shape`; a function of the key and the index alone.
 
     20 bits, because levels / step + u must be exact in float32: a level then always rounds to itself.
-    A hash of the element's index with two words of the key: unrelated from element to element is all
-    that rounding needs, and it does not depend on how the array is split over devices.
     """
-    salt = jax.random.bits(key, (2,), jnp.uint32)
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):  # wraps beyond 2^32 elements
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    bits = _mix(_mix(index ^ salt[0]) ^ salt[1]) >> 12
-    return (bits.astype(jnp.float32) + 0.5) * 2.0**-20
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """Permutation of uint32 in which every bit of the input moves every bit of the output."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return x ^ (x >> 16)
+    return ((hashed_bits(key, shape) >> 12).astype(jnp.float32) + 0.5) * 2.0**-20
 
 
 def encode(levels: jax.Array) -> jax.Array:
