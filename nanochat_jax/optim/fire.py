@@ -61,7 +61,7 @@ def isometry(w: jax.Array, scale: str = "fan", iterations: int = 12) -> jax.Arra
     x = muon.newton_schulz(wide, iterations, "polar_express", wide.dtype, span=1)
     for _ in range(POLISH):
         gram = _gram(x)
-        x = 1.5 * x - 0.5 * (_dot(x, gram) if x.shape[-2] >= x.shape[-1] else _dot(gram, x))
+        x = 1.5 * x - 0.5 * (muon.dot(x, gram) if x.shape[-2] >= x.shape[-1] else muon.dot(gram, x))
     return (SCALES[scale](wide, x) * x).astype(w.dtype)
 
 
@@ -289,9 +289,4 @@ def _norm(x: jax.Array) -> jax.Array:
 
 def _gram(x: jax.Array) -> jax.Array:
     """The smaller of the two Gram matrices."""
-    return _dot(x.mT, x) if x.shape[-2] >= x.shape[-1] else _dot(x, x.mT)
-
-
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Batched product in float32 (GPUs would otherwise round it to TF32)."""
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+    return muon.dot(x.mT, x) if x.shape[-2] >= x.shape[-1] else muon.dot(x, x.mT)

@@ -52,6 +52,7 @@ import numpy as np
 import optax
 
 from nanochat_jax import params as params_lib
+from nanochat_jax.optim import muon
 
 METHODS = ("randomized", "exact")
 POLICIES = ("keep", "reset", "rotate", "transport")
@@ -205,9 +206,9 @@ def galore(
                 wide = pick(g if _left(g.shape) else g.mT).astype(jnp.float32)
                 new = follow_signs(find(wide, params_lib.fold_name(jax.random.fold_in(key, turn), name)), old)
                 if momentum == "transport":
-                    new = _dot(new, polar(_dot(new.mT, old)))
+                    new = muon.dot(new, polar(muon.dot(new.mT, old)))
                 encoded = _encode(new, projector_bits)
-                overlap = _dot(_decode(*encoded).mT, old)
+                overlap = muon.dot(_decode(*encoded).mT, old)
                 # Built here and not outside: it costs nothing in steps without refresh.
                 fresh = jax.tree.leaves(inner.init(reduced(updates)))
                 changed = [
@@ -265,12 +266,12 @@ def project(projector: jax.Array, g: jax.Array) -> jax.Array:
     Args: projector: [..., min(m, n), r]. g: [..., m, n], float32 or wider.
     Returns: P^T G [..., r, n] if m <= n, else G P [..., m, r], in g's dtype.
     """
-    return _dot(projector.mT, g) if _left(g.shape) else _dot(g, projector)
+    return muon.dot(projector.mT, g) if _left(g.shape) else muon.dot(g, projector)
 
 
 def project_back(projector: jax.Array, x: jax.Array, left: bool) -> jax.Array:
     """The matrix of given coordinates: P X if `left` (m <= n), else X P^T, in x's dtype."""
-    return _dot(projector, x) if left else _dot(x, projector.mT)
+    return muon.dot(projector, x) if left else muon.dot(x, projector.mT)
 
 
 def exact_subspace(g: jax.Array, rank: int) -> jax.Array:
@@ -301,13 +302,13 @@ def randomized_subspace(
     """
     m, n = g.shape[-2:]
     g = _unit(g)
-    y = _dot(g, jax.random.normal(key, (*g.shape[:-2], n, min(rank + oversampling, m)), g.dtype))
+    y = muon.dot(g, jax.random.normal(key, (*g.shape[:-2], n, min(rank + oversampling, m)), g.dtype))
     for _ in range(power_iterations):
-        y = _dot(g, _dot(g.mT, jnp.linalg.qr(y)[0]))
+        y = muon.dot(g, muon.dot(g.mT, jnp.linalg.qr(y)[0]))
     basis = jnp.linalg.qr(y)[0]
-    b = _dot(basis.mT, g)
-    _, vectors = jnp.linalg.eigh(_dot(b, b.mT))  # ascending eigenvalues
-    return _dot(basis, vectors[..., ::-1][..., :rank])
+    b = muon.dot(basis.mT, g)
+    _, vectors = jnp.linalg.eigh(muon.dot(b, b.mT))  # ascending eigenvalues
+    return muon.dot(basis, vectors[..., ::-1][..., :rank])
 
 
 def follow_signs(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -323,14 +324,14 @@ def follow_signs(new: jax.Array, old: jax.Array) -> jax.Array:
     def largest(x):
         return jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=-2, keepdims=True), axis=-2)
 
-    known = largest(_dot(old.mT, new))
+    known = largest(muon.dot(old.mT, new))
     return jnp.where(jnp.where(known == 0, largest(new), known) < 0, -new, new)
 
 
 def polar(x: jax.Array) -> jax.Array:
     """Nearest orthogonal matrix of each [..., r, r], by SVD: exact also where x is singular."""
     u, _, vt = jnp.linalg.svd(x)
-    return _dot(u, vt)
+    return muon.dot(u, vt)
 
 
 def refresh_flops(shape: tuple[int, ...], rank: int, oversampling: int = 8, power_iterations: int = 1) -> int:
@@ -378,7 +379,7 @@ Change = Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]  # (overla
 
 def _rotate_first(q: jax.Array, x: jax.Array, fresh: jax.Array, left: bool) -> jax.Array:
     del fresh
-    return _dot(q, x) if left else _dot(x, q.mT)
+    return muon.dot(q, x) if left else muon.dot(x, q.mT)
 
 
 def _rotate_second(q: jax.Array, x: jax.Array, fresh: jax.Array, left: bool) -> jax.Array:
@@ -386,7 +387,7 @@ def _rotate_second(q: jax.Array, x: jax.Array, fresh: jax.Array, left: bool) -> 
     weights = jnp.square(q)
     unknown = jnp.maximum(0, 1 - jnp.sum(weights, axis=-1, keepdims=True))
     x = x if left else x.mT
-    new = _dot(weights, x) + unknown * jnp.mean(x, axis=-2, keepdims=True)
+    new = muon.dot(weights, x) + unknown * jnp.mean(x, axis=-2, keepdims=True)
     return new if left else new.mT
 
 
@@ -484,8 +485,3 @@ def _unit(g: jax.Array) -> jax.Array:
     """Largest entry 1, zero stays zero."""
     largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
     return g / jnp.where(largest > 0, largest, 1)
-
-
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Batched product; float32 means float32 (GPUs would otherwise round it to TF32)."""
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

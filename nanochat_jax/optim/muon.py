@@ -107,13 +107,13 @@ def newton_schulz(
     norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True)) * SLACK[coefficients]
     y = (wide / jnp.where(norm > 0, norm, 1.0)).astype(dtype)
     for start in range(0, steps, span):
-        gram = _dot(y.mT, y) if m > n else _dot(y, y.mT)
+        gram = dot(y.mT, y) if m > n else dot(y, y.mT)
         identity, rest = _compose(gram, table[start : start + span])
-        y = identity * y + (_dot(y, rest) if m > n else _dot(rest, y))
+        y = identity * y + (dot(y, rest) if m > n else dot(rest, y))
     return y.astype(x.dtype)
 
 
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
     """Batched product; float32 means float32 (GPUs would otherwise round it to TF32)."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
 
@@ -125,12 +125,12 @@ def _compose(gram: jax.Array, table: tuple[Triple, ...]) -> tuple[float, jax.Arr
     """
     identity, rest = 1.0, None
     for i, (a, b, c) in enumerate(table):
-        step = b * gram + c * _dot(gram, gram)  # the step's polynomial is a I + step
-        rest = step if rest is None else a * rest + identity * step + _dot(step, rest)
+        step = b * gram + c * dot(gram, gram)  # the step's polynomial is a I + step
+        rest = step if rest is None else a * rest + identity * step + dot(step, rest)
         identity *= a
         if i + 1 < len(table):
-            half = a * gram + _dot(gram, step)
-            gram = a * half + _dot(half, step)
+            half = a * gram + dot(gram, step)
+            gram = a * half + dot(half, step)
     assert rest is not None
     return identity, rest
 
