@@ -91,6 +91,7 @@ def _future_loss(cfg, project, chunk, coefficient, params, hidden_BLD, batch):
     """coefficient * sum_i decay^(i-1) L_i, and the metrics."""
     depth = cfg.mtp.depth
     batch = make_prepare(cfg)(batch) if batch.future is None else batch
+    project = project.spared()  # these are last layers, which FP4 harms most
     hidden_MBLD = mtp.future_hidden(
         cfg, project, transformer.last_layer(cfg, project, batch),
         params["mtp"], params["embed"], hidden_BLD, batch.targets,

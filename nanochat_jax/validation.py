@@ -33,7 +33,8 @@ QK_NORMS = ("none", "before_rope", "after_rope")
 REMAT = ("none", "dots", "block")
 FP4_BLOCK = {"nvfp4": 16, "mxfp4": 32}  # elements that share a scale
 QUANT_PRESETS = (
-    "full", "ternary", "nvfp4", "mxfp4", "nvfp4_grad", "mxfp4_grad", "ternary_nvfp4", "ternary_mxfp4"
+    "full", "ternary", "nvfp4", "mxfp4", "nvfp4_grad", "mxfp4_grad", "ternary_nvfp4", "ternary_mxfp4",
+    "fp8", "fp4_rows", "fp8_nvfp4",
 )  # fmt: skip
 GROUPS = ("matrix", "embed", "head", "scalar")
 
@@ -142,10 +143,15 @@ def _validate_fp4(m: ModelConfig) -> None:
     _at_least("model.fp4.hadamard", f.hadamard, 0)
     if f.hadamard and (f.hadamard.bit_count() != 1 or f.hadamard > 256):
         raise ConfigError(f"'model.fp4.hadamard' must be 0 or a power of 2 up to 256, got {f.hadamard}")
+    if not 0 <= f.outliers < 1:
+        raise ConfigError(f"'model.fp4.outliers' must be in [0, 1), got {f.outliers}")
+    _at_least("model.fp4.estimator", f.estimator, 1)
     name = next((name for name in FP4_BLOCK if name in m.quant), "")
+    of_rows = {"outliers", "estimator"}
+    others = {field.name for field in dataclasses.fields(f)} - of_rows
+    unread = (others if not name else set()) | (of_rows if m.quant != "fp4_rows" else set())
+    _unused("model.fp4", f, f"model.quant is '{m.quant}'", sorted(unread))
     if not name:
-        every = [field.name for field in dataclasses.fields(f)]
-        _unused("model.fp4", f, f"model.quant is '{m.quant}'", every)
         return
     if m.quant_group:
         raise ConfigError(

@@ -36,7 +36,7 @@ TOO_SMALL = {
     "model.vocab_size": 1, "model.layers": 0, "model.heads": 0, "model.kv_heads": 0, "model.head_dim": 0,
     "model.mlp_dim": 0, "model.softcap": -0.1, "model.value_embed_every": -1, "model.quant_group": -1,
     "model.unroll": -1, "model.loop.count": 0, "model.mhc.streams": 0, "model.mhc.iterations": 0,
-    "model.mtp.depth": -1, "model.mtp.decay": 0.0, "model.fp4.hadamard": -1, "model.window": (-1,), "model.qk_gain": 0.0,
+    "model.mtp.depth": -1, "model.mtp.decay": 0.0, "model.fp4.hadamard": -1, "model.fp4.outliers": -1.0, "model.fp4.estimator": 0.5, "model.window": (-1,), "model.qk_gain": 0.0,
     "model.rope_theta": 0.0, "model.embed_std": 0.0, "data.seq_len": 1, "data.batch": 0, "data.workers": -1,
     "data.prefetch": 0, "data.max_bytes": -1, "opt.matrix.steps": 0, "opt.matrix.weight_decay": -0.1,
     "opt.embed.eps": 0.0, "opt.scalar.beta2": -0.1, "opt.schedule.warmup_steps": -1,
@@ -166,6 +166,15 @@ def test_blocks_resolve(name):
         ({"model__quant": "nvfp4", "model__quant_group": 8}, "has no effect because model.quant is 'nvfp4'"),
         ({"model__quant": "nvfp"}, "'model.quant' = 'nvfp' is unknown. Did you mean 'nvfp4'?"),
         ({"model__fp4__hadamard": 32}, "'model.fp4.hadamard' has no effect because model.quant is 'full'"),
+        (
+            {"model__quant": "fp4_rows", "model__fp4__signs": "none"},
+            "'model.fp4.signs' has no effect because model.quant is 'fp4_rows'",
+        ),
+        (
+            {"model__quant": "nvfp4", "model__fp4__outliers": 0.1},
+            "'model.fp4.outliers' has no effect because model.quant is 'nvfp4'",
+        ),
+        ({"model__quant": "fp4_rows", "model__fp4__outliers": 1.0}, "must be in [0, 1), got 1.0"),
         (
             {"model__quant": "ternary", "model__fp4__stochastic": "none"},
             "'model.fp4.stochastic' has no effect because model.quant is 'ternary'",
@@ -380,6 +389,10 @@ for _key, _value in {
     "products": "wgrad",
 }.items():  # fmt: skip
     STEP[f"model.fp4.{_key}"] = (_value, {"model.quant": "nvfp4_grad"})
+STEP |= {
+    f"model.fp4.{_key}": (_value, {"model.quant": "fp4_rows"})
+    for _key, _value in {"outliers": 0.1, "estimator": 3.0}.items()
+}
 for _key, _value in {
     "block": 16, "momentum": "dynamic", "rounding": "stochastic", "scales": "bfloat16"
 }.items():  # fmt: skip

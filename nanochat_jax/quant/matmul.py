@@ -4,8 +4,8 @@ the quantizers as the identity in the backward pass (straight-through).
     forward   y  = (x_codes @ w_codes) * x_scale * w_scale
     backward  dx = (dy * w_scale) @ w_codes^T        dw = (x_codes * x_scale)^T @ dy
 
-With FP4 gradients the operands of the two backward products are quantized as well (`fp4.dgrad`,
-`fp4.wgrad`); weights that were in codes in the forward pass keep them. Activations that were in FP4
+With FP4 or FP8 gradients the operands of the two backward products are quantized as well (`dgrad` and
+`wgrad` of `fp4`, `fp8`); weights that were in codes in the forward pass keep them. Activations that were in FP4
 are kept as they came, for their blocks run along another axis in dw.
 
 Else the residuals are the codes (one byte per element), not x and w. The forward of int8 activations
@@ -26,7 +26,7 @@ import numpy as np
 
 from nanochat_jax.config import Fp4Config
 from nanochat_jax.kernels import integer
-from nanochat_jax.quant import fp4, ternary
+from nanochat_jax.quant import fp4, fp4_rows, fp8, ternary
 from nanochat_jax.types import Key
 
 
@@ -35,8 +35,18 @@ def _fp4_weight(name: str, w: jax.Array, group: int) -> tuple[jax.Array, jax.Arr
     return codes, tensor.reshape(1, 1)
 
 
-def _fp4_act(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _fp4_act(name: str, x: jax.Array, how: Fp4Config) -> tuple[jax.Array, jax.Array]:
     codes, tensor = fp4.scaled_levels(x, name)
+    return codes, jnp.broadcast_to(tensor, (*x.shape[:-1], 1))
+
+
+def _fp8_weight(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    codes, tensor = fp8.quantize(w, "e4m3")
+    return codes, tensor.reshape(1, 1)
+
+
+def _fp8_act(x: jax.Array, how: Fp4Config) -> tuple[jax.Array, jax.Array]:
+    codes, tensor = fp8.quantize(x, "e4m3")
     return codes, jnp.broadcast_to(tensor, (*x.shape[:-1], 1))
 
 
@@ -64,21 +74,35 @@ def _fp4_gradients(name: str, dy, scaled, x, w, exact, how, key) -> tuple[jax.Ar
     )
 
 
+def _fp8_gradients(dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Array]:
+    return fp8.dgrad(scaled, w, exact), fp8.wgrad(x, dy)
+
+
 # Each slot: operand -> (codes, scale); the operand is close to codes * scale. None = no scale.
 WEIGHTS: dict[str, Callable] = {
     "full": lambda w, group: (w, None),
     "ternary": ternary.quantize_ternary,
+    "fp8": _fp8_weight,
+    "fp4_rows": lambda w, group: fp4_rows.columns(w),
     **{name: functools.partial(_fp4_weight, name) for name in fp4.FORMATS},
 }
 ACTIVATIONS: dict[str, Callable] = {
-    "full": lambda x: (x, None),
-    "int8": ternary.int8_rows,
+    "full": lambda x, how: (x, None),
+    "int8": lambda x, how: ternary.int8_rows(x),
+    "fp8": _fp8_act,
+    "fp4_rows": lambda x, how: fp4_rows.rows(x, how.outliers),
     **{name: functools.partial(_fp4_act, name) for name in fp4.FORMATS},
 }
 # (dy, dy * w's scale, x, w's codes, whether w's codes are in a low-bit format, settings, key) -> (dx, dw)
 GRADIENTS: dict[str, Callable] = {
     "full": _plain,
+    "fp8": _fp8_gradients,
     **{name: functools.partial(_fp4_gradients, name) for name in fp4.FORMATS},
+}
+
+# (w, settings) -> factor on w's gradient, of formats whose rounding is not straight-through
+ESTIMATORS: dict[str, Callable] = {
+    "fp4_rows": lambda w, how: fp4_rows.estimate(w, how.estimator),
 }
 
 Arrays = tuple[jax.Array, ...]
@@ -136,7 +160,7 @@ def _rows(array: jax.Array) -> jax.Array:
 
 
 def _forward(x, ws, weight, act, group, grad, how, key):
-    x_codes, x_scale = ACTIVATIONS[act](x)
+    x_codes, x_scale = ACTIVATIONS[act](x, how)
     w_codes, w_scale = _operand(ws, weight, group, x.dtype)
     if w_scale is not None and x_codes.dtype == w_codes.dtype == jnp.int8:  # an exact integer product
         y = _rows(integer.integer_matmul(x_codes, w_codes)) * (w_scale * _rows(x_scale))
@@ -148,17 +172,23 @@ def _forward(x, ws, weight, act, group, grad, how, key):
     witness = jnp.zeros((0,), x.dtype), tuple(jnp.zeros((0, w.shape[1]), w.dtype) for w in ws)
     if act in fp4.FORMATS:  # cut along the tokens for dw, from x itself: rounding twice would add up
         x_codes, x_scale = x, None
-    return _apart(y, ws), (x_codes, x_scale, w_codes, w_scale, witness, key)
+    kept = ws if weight in ESTIMATORS else None
+    return _apart(y, ws), (x_codes, x_scale, w_codes, w_scale, witness, kept, key)
 
 
 def _backward(weight, act, group, grad, how, residuals, dys):
-    x_codes, x_scale, w_codes, w_scale, (x_witness, w_witnesses), key = residuals
+    x_codes, x_scale, w_codes, w_scale, (x_witness, w_witnesses), kept, key = residuals
     dtype = x_witness.dtype
     dy = _rows(_beside([d.astype(dtype) for d in dys]))
     scaled = dy if w_scale is None else dy * w_scale
-    rows = _rows(x_codes.astype(dtype) if x_scale is None else (x_codes * x_scale).astype(dtype))
+    rows = _rows(
+        x_codes.astype(dtype) if x_scale is None else (x_codes.astype(jnp.float32) * x_scale).astype(dtype)
+    )
     dx, dw = GRADIENTS[grad](dy, scaled, rows, w_codes.astype(dtype), weight != "full", how, key)
-    each = tuple(d.astype(w.dtype) for d, w in zip(_apart(dw, w_witnesses), w_witnesses, strict=True))
+    parts = _apart(dw, w_witnesses)
+    if kept is not None:
+        parts = tuple(d * ESTIMATORS[weight](w, how) for d, w in zip(parts, kept, strict=True))
+    each = tuple(d.astype(w.dtype) for d, w in zip(parts, w_witnesses, strict=True))
     no_gradient = None if key is None else np.zeros(key.shape, jax.dtypes.float0)
     return dx.astype(dtype).reshape(x_codes.shape), each, no_gradient
 

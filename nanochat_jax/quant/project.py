@@ -40,6 +40,7 @@ class Precision:
 
 
 Rules = tuple[tuple[str, Precision], ...]
+LOW = (*fp4.FORMATS, "fp4_rows", "fp8")  # formats that `spared` takes back
 
 
 def _blocks(*slots: str) -> Rules:
@@ -56,6 +57,14 @@ PRESETS: dict[str, Rules] = {
     "mxfp4_grad": _blocks("full", "full", "mxfp4"),  # arXiv:2502.20586
     "ternary_nvfp4": _blocks("ternary", "int8", "nvfp4"),
     "ternary_mxfp4": _blocks("ternary", "int8", "mxfp4"),
+    "fp8": _blocks("fp8", "fp8", "fp8"),  # arXiv:2209.05433
+    "fp4_rows": _blocks("fp4_rows", "fp4_rows", "full"),  # arXiv:2501.17116
+    # By module: attention in 8 bits, MLP in 4; tables and norms as always (compute dtype, float32).
+    "fp8_nvfp4": (
+        (r"attn/.*", Precision("fp8", "fp8", "fp8")),
+        (r"mlp/.*", Precision("nvfp4", "nvfp4", "nvfp4")),
+        (r".*", Precision()),
+    ),
 }
 
 
@@ -75,12 +84,20 @@ class Project:
 
     def keyed(self, key: Key) -> "Project":
         """With the key of this step, where some precision draws random numbers; else unchanged."""
-        drawing = any(precision.grad != "full" for _, precision in self.rules)
+        drawing = any(precision.grad in fp4.FORMATS for _, precision in self.rules)
         return self.replace(key=key) if drawing else self  # type: ignore[attr-defined]
 
     def at(self, layer: jax.typing.ArrayLike) -> "Project":
         """With the key of one layer (an integer, counted through all loops); unchanged without a key."""
         return self if self.key is None else self.replace(key=jax.random.fold_in(self.key, layer))  # type: ignore[attr-defined]
+
+    def spared(self) -> "Project":
+        """For layers too sensitive for FP4 and FP8: those slots in full, ternary stays ternary."""
+
+        def spare(p: Precision) -> Precision:
+            return Precision(*("full" if name in LOW else name for name in (p.weight, p.act, p.grad)))
+
+        return self.replace(rules=tuple((pattern, spare(p)) for pattern, p in self.rules))  # type: ignore[attr-defined]
 
     def precision(self, role: str) -> Precision:
         """Raises: ValueError if no rule matches the role."""
@@ -113,7 +130,7 @@ class Project:
     def _one(self, role: str, x: jax.Array, w: jax.Array, p: Precision) -> jax.Array:
         self._check(role, p, w)
         key = None
-        if p.grad != "full":
+        if p.grad in fp4.FORMATS:
             key = jax.random.fold_in(
                 jax.random.key(0) if self.key is None else self.key, zlib.crc32(role.encode())
             )

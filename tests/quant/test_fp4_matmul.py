@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from nanochat_jax import losses, params, validation
-from nanochat_jax.config import Fp4Config
+from nanochat_jax.config import Fp4Config, MtpConfig
 from nanochat_jax.model import transformer
 from nanochat_jax.quant import fp4
 from nanochat_jax.quant import project as projections
@@ -228,15 +228,28 @@ def test_sizes_that_blocks_do_not_divide_name_the_role():
     with pytest.raises(ValueError, match="'attn/k' has a weight of 24 x 48, and mxfp4 needs multiples of 32"):
         Project(((".*", Precision(grad="mxfp4")),)).several(("attn/k",), x, (jnp.ones((24, 48)),))
     with pytest.raises(
-        ValueError, match="precision slot 'grad': unknown format 'fp4'; known: full, nvfp4, mxfp4"
+        ValueError, match="precision slot 'grad': unknown format 'fp4'; known: full, fp8, nvfp4, mxfp4"
     ):
         Precision(grad="fp4")
 
 
-@pytest.mark.parametrize("name", ["full", "ternary"])
+@pytest.mark.parametrize("name", ["full", "ternary", "fp8", "fp4_rows"])
 def test_presets_that_draw_nothing_take_no_key(name, key):
     project = Project(projections.PRESETS[name])
     assert project.keyed(key) is project and project.at(3) is project
+
+
+def test_spared_layers_keep_ternary_and_lose_fp4_and_fp8():
+    for name, rules in projections.PRESETS.items():
+        slots = {slot for _, p in Project(rules).spared().rules for slot in (p.weight, p.act, p.grad)}
+        assert slots == ({"full", "ternary", "int8"} if "ternary" in name else {"full"})
+
+
+def test_the_policy_by_module():
+    project = Project(projections.PRESETS["fp8_nvfp4"])
+    assert project.precision("attn/o") == Precision("fp8", "fp8", "fp8")
+    assert project.precision("mlp/down") == Precision("nvfp4", "nvfp4", "nvfp4")
+    assert project.precision("mtp/join") == Precision()
 
 
 def test_every_role_layer_and_step_draws_its_own_noise():
@@ -287,6 +300,42 @@ def test_training_in_nvfp4_lowers_the_loss(tiny, key):
         state, metrics = step(state, batch)
         seen.append(float(metrics["loss/total"]))
     assert seen[-1] < 0.5 * seen[0], seen
+
+
+@pytest.mark.parametrize("quant", ["fp8", "fp4_rows", "fp8_nvfp4"])
+def test_other_low_precision_stays_near_full_precision(tiny, key, quant):
+    """Loss within 2 % of full precision at the start, gradients in its direction."""
+    cfg = dataclasses.replace(tiny, layers=1, mlp="relu2")
+    weights, batch = params.init_params(transformer.param_specs(cfg), key), batch_of(cfg)
+    weights = {**weights, "head": weights["head"] * 100} if "head" in weights else weights
+
+    def run(name):
+        loss_fn = losses.make_loss(dataclasses.replace(cfg, quant=name), (("next_token", 1.0),))
+        (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(weights, batch, key)
+        return float(loss), params.flatten(grads["blocks"])
+
+    (loss, grads), (exact, wanted) = run(quant), run("full")
+    assert loss != exact and abs(loss / exact - 1) < 0.02
+    for path, g in grads.items():
+        if g.ndim == 3:
+            cosine = jnp.vdot(g, wanted[path]) / (jnp.linalg.norm(g) * jnp.linalg.norm(wanted[path]))
+            assert 0.5 < float(cosine) < 1 - 1e-7, (path, float(cosine))
+
+
+def test_further_tokens_are_predicted_in_full_precision(tiny, key):
+    """The layers of multi-token prediction are last layers: FP4 leaves them alone."""
+    terms = (("next_token", 1.0), ("mtp", 0.2))
+    full = dataclasses.replace(tiny, layers=1, mtp=MtpConfig(1))
+    weights, batch = params.init_params(transformer.param_specs(full), key), batch_of(full)
+
+    def traced(quant):
+        loss_fn = losses.make_loss(dataclasses.replace(full, quant=quant), terms)
+        return str(jax.make_jaxpr(jax.grad(loss_fn, has_aux=True))(weights, batch, key)).count("f8_e4m3fn")
+
+    depth_0 = dataclasses.replace(full, mtp=MtpConfig(), quant="nvfp4")
+    plain = jax.make_jaxpr(jax.grad(losses.make_loss(depth_0, terms[:1]), has_aux=True))
+    assert traced("nvfp4") == str(plain(weights, batch, key)).count("f8_e4m3fn") > 0
+    assert traced("full") == 0
 
 
 def test_the_key_of_the_step_reaches_the_rounding(tiny, key):
