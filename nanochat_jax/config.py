@@ -72,6 +72,18 @@ class MtpConfig:
 
 
 @dataclass(frozen=True)
+class FilterConfig:
+    """Token filtering in the backward pass (model/collider.py, arXiv:2502.00340).
+
+    "random" and "loss" are controls: they save time, and only "excess" is known to help learning.
+    """
+
+    keep: float = 1.0  # share of each row's tokens that the backward pass sees; 1 = all
+    score: str = "excess"  # excess (of data.reference) | loss | middle (of the losses) | random
+    trim: float = 0.0  # share of a row's highest scores that are dropped first
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape and block options of the transformer."""
 
@@ -100,6 +112,7 @@ class ModelConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     mhc: MhcConfig = field(default_factory=MhcConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     quant: str = "full"  # one of QUANT_PRESETS: formats of the blocks' matrices, see quant.project
     quant_group: int = 0  # inputs that share one ternary scale; 0 = one scale per matrix
     fp4: Fp4Config = field(default_factory=Fp4Config)
@@ -121,6 +134,7 @@ class DataConfig:
     val_percent: int = 1  # share of documents held out, chosen by a hash of their content
     max_bytes: int = 0  # stop reading the corpus after so many bytes of text; 0 = read all
     text_key: str = "text"  # field of JSONL and Parquet rows, column of a dataset
+    reference: str = ""  # file of another model's losses per token, see data.reference; for model.filter
     workers: int = 2  # threads that prepare batches
     prefetch: int = 4  # batches prepared ahead
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.model import mtp, transformer
+from nanochat_jax.model import collider, mtp, transformer
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Batch, Key, Metrics, Params
 
@@ -49,6 +49,8 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
     term's own weighted sum as "loss/<name>", and "loss/entropy". The term "mtp" is weighted by
     batch.future (computed from this batch if it is None, see `make_prepare`); its metrics are nats per
     token: "loss/mtp_<i>" of each offset, and their mean weighted by decay^(i-1) as "loss/mtp".
+    With model.filter the loss is that of the kept tokens (model/collider.py); the metrics of terms stay
+    sums over all tokens, and those of `collider.metrics` join them.
     Raises: ValueError for the term "mtp" at depth 0.
     """
     project = projections.from_config(cfg)
@@ -62,19 +64,38 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         drawing = project.keyed(key)
-        output = transformer.forward(cfg, drawing, params, batch)
-        total, sums = token_loss(  # type: ignore[misc]
-            cfg, chunk, tuple(coefficients.items()),
-            output.hidden, transformer.head(cfg, params), batch.targets, batch.weights,
-        )  # fmt: skip
+        over, rider = functools.partial(token_loss, cfg, chunk, tuple(coefficients.items())), None
+        if cfg.filter.keep < 1:
+            B, L = batch.tokens.shape
+            rider = collider.passenger(B, collider.kept_count(cfg.filter, L))
+        output = transformer.forward(cfg, drawing, params, batch, passenger=rider)
+        head = transformer.head(cfg, params)
+        if rider is None:
+            total, sums = over(output.hidden, head, batch.targets, batch.weights)  # type: ignore[misc]
+            filtered = {}
+        else:
+            total, sums, filtered = _filtered_loss(cfg, chunk, over, output, head, batch, key)
         metrics = {f"loss/{name}": sums[TERMS[name][0]] for name, _ in terms if TERMS[name][0] in sums}
         metrics |= {"loss/next_token": sums["nll"], "loss/entropy": sums["entropy"]}
         if future:
             more, means = _future_loss(cfg, drawing, chunk, future, params, output.hidden, batch)
             total, metrics = total + more, metrics | means
-        return total, metrics | output.aux
+        return total, metrics | output.aux | filtered
 
     return loss_fn
+
+
+def _filtered_loss(cfg, chunk, over, output, head, batch, key):
+    """(loss of the kept tokens, the statistics' sums over all tokens, the filter's metrics)."""
+    fixed = jax.lax.stop_gradient((output.hidden, head))
+    each = _token_statistics(cfg, chunk, *fixed, batch.targets)
+    scores_BL = collider.scores(cfg.filter, each["nll"], batch.reference, batch.weights, key)
+    index_Bk = collider.select(scores_BL, output.ridden.shape[1])
+    hidden_BkD, targets_Bk = (collider.gather_rows(a, index_Bk) for a in (output.hidden, batch.targets))
+    total, _ = over(hidden_BkD, head, targets_Bk, collider.kept_weights(batch.weights, index_Bk))
+    sums = {name: jnp.sum(batch.weights * value) for name, value in each.items()}
+    metrics = collider.metrics(each["nll"], batch.weights, index_Bk)
+    return collider.inject(total, output.ridden, index_Bk), sums, metrics
 
 
 def make_prepare(cfg: ModelConfig) -> Callable[[Batch], Batch]:
@@ -114,15 +135,21 @@ def make_token_nll(cfg: ModelConfig, chunk: int = 512) -> Callable[[Params, Batc
 
     def nll_fn(params: Params, batch: Batch) -> jax.Array:
         hidden = transformer.forward(cfg, project, params, batch).hidden
-        head = transformer.head(cfg, params)
-
-        def step(_, piece):
-            return None, _statistics(cfg, _logits(cfg, piece[0], head)[1], piece[1])["nll"]
-
-        _, nll = jax.lax.scan(step, None, _chunks(chunk, hidden, batch.targets))
-        return jnp.moveaxis(nll, 0, 1).reshape(batch.targets.shape)
+        return _token_statistics(cfg, chunk, hidden, transformer.head(cfg, params), batch.targets)["nll"]
 
     return nll_fn
+
+
+def _token_statistics(cfg, chunk, hidden_BLD, head_DV, targets_BL):
+    """STATISTICS of each token, float32 [B, L], in chunks of the sequence."""
+
+    def step(_, piece):
+        h, target = piece
+        s = _statistics(cfg, _logits(cfg, h, head_DV)[1], target)
+        return None, {name: s[name] for name in STATISTICS}
+
+    _, each = jax.lax.scan(step, None, _chunks(chunk, hidden_BLD, targets_BL))
+    return {name: jnp.moveaxis(a, 0, 1).reshape(targets_BL.shape) for name, a in each.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -30,6 +30,8 @@ class Batch:
     positions: jax.Array  # int32
     # [B, M, L], weights of the targets i = 1..M later, see `model.mtp.future_weights`; made in the step
     future: jax.Array | None = None
+    # float [B, L], loss of each target under another model, for `model.filter.score` = "excess"
+    reference: jax.Array | None = None
 
 
 @struct.dataclass
@@ -57,3 +59,4 @@ class Output:
     hidden: jax.Array  # [B, L, D], after the last norm, before the head
     cache: KVCache | None
     aux: Metrics
+    ridden: jax.Array | None = None  # the passenger after the last layer, see model/collider.py

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from nanochat_jax.config import (
         Config,
         DataConfig,
+        FilterConfig,
         GroupConfig,
         MhcConfig,
         ModelConfig,
@@ -92,6 +94,7 @@ def _validate_model(m: ModelConfig) -> None:
     if m.loop.norm and m.loop.count == 1:
         raise ConfigError("'model.loop.norm' has no effect because model.loop.count is 1")
     _validate_mtp(m.mtp)
+    _validate_filter(m.filter, m)
     if m.qk_gain != 1.0 and m.qk_norm == "none":
         raise ConfigError("'model.qk_gain' has no effect because model.qk_norm is 'none'")
     _validate_mhc(m.mhc)
@@ -187,6 +190,51 @@ def _validate_mtp(p: MtpConfig) -> None:
         _unused("model.mtp", p, "model.mtp.depth is 0", ("kind", "decay"))
     if p.depth == 1:
         _unused("model.mtp", p, "model.mtp.depth is 1", ("decay",))
+
+
+def _validate_filter(f: FilterConfig, m: ModelConfig) -> None:
+    if not 0 < f.keep <= 1:
+        raise ConfigError(f"'model.filter.keep' must be in (0, 1], got {f.keep}")
+    _choice("model.filter.score", f.score, ("excess", "loss", "middle", "random"))
+    if not 0 <= f.trim < 1:
+        raise ConfigError(f"'model.filter.trim' must be in [0, 1), got {f.trim}")
+    if f.keep == 1:
+        _unused("model.filter", f, "model.filter.keep is 1", ("score", "trim"))
+        return
+    if f.score in ("middle", "random"):
+        _unused("model.filter", f, f"model.filter.score is '{f.score}'", ("trim",))
+    if f.keep + f.trim > 1:
+        raise ConfigError(
+            f"'model.filter.trim' = {f.trim} must leave the share that is kept, model.filter.keep = {f.keep}"
+        )
+    if m.remat != "none":
+        raise ConfigError(
+            f"'model.remat' must be 'none' with model.filter.keep below 1, which itself recomputes layers in "
+            f"the backward pass, got '{m.remat}'"
+        )
+    if m.mtp.depth:
+        raise ConfigError(
+            f"'model.filter.keep' must be 1 with model.mtp.depth = {m.mtp.depth}, whose layers learn from "
+            f"all tokens, got {f.keep}"
+        )
+    if f.score == "loss":
+        warnings.warn(
+            "model.filter.score = 'loss' keeps noise and drops what is easy; it is a control, and costs quality",
+            stacklevel=4,
+        )
+
+
+def _validate_reference(c: Config) -> None:
+    """A file of losses and the score that reads it come together."""
+    f, excess = c.model.filter, c.model.filter.keep < 1 and c.model.filter.score == "excess"
+    if excess and not c.data.reference:
+        raise ConfigError(
+            f"'model.filter.score' = 'excess' with model.filter.keep = {f.keep} needs data.reference, a file "
+            "of another model's losses"
+        )
+    if c.data.reference and not excess:
+        why = f"model.filter.score is '{f.score}'" if f.keep < 1 else "model.filter.keep is 1"
+        raise ConfigError(f"'data.reference' has no effect because {why}")
 
 
 def _validate_loss(c: Config) -> None:
@@ -373,6 +421,7 @@ def _validate_run(c: Config) -> None:
     _at_least("train.loss_chunk", t.loss_chunk, 1)
     _divides("data.batch", c.data.batch, "train.microbatches", t.microbatches)
     _validate_loss(c)
+    _validate_reference(c)
     k = c.ckpt
     _at_least("ckpt.every_steps", k.every_steps, 0)
     _at_least("ckpt.every_minutes", k.every_minutes, 0)

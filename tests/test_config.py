@@ -36,7 +36,8 @@ TOO_SMALL = {
     "model.vocab_size": 1, "model.layers": 0, "model.heads": 0, "model.kv_heads": 0, "model.head_dim": 0,
     "model.mlp_dim": 0, "model.softcap": -0.1, "model.value_embed_every": -1, "model.quant_group": -1,
     "model.unroll": -1, "model.loop.count": 0, "model.mhc.streams": 0, "model.mhc.iterations": 0,
-    "model.mtp.depth": -1, "model.mtp.decay": 0.0, "model.fp4.hadamard": -1, "model.fp4.outliers": -1.0, "model.fp4.estimator": 0.5, "model.window": (-1,), "model.qk_gain": 0.0,
+    "model.mtp.depth": -1, "model.filter.keep": 0.0, "model.filter.trim": -0.1, "model.mtp.decay": 0.0, "model.fp4.hadamard": -1,
+    "model.fp4.outliers": -1.0, "model.fp4.estimator": 0.5, "model.window": (-1,), "model.qk_gain": 0.0,
     "model.rope_theta": 0.0, "model.embed_std": 0.0, "data.seq_len": 1, "data.batch": 0, "data.workers": -1,
     "data.prefetch": 0, "data.max_bytes": -1, "opt.matrix.steps": 0, "opt.matrix.weight_decay": -0.1,
     "opt.embed.eps": 0.0, "opt.scalar.beta2": -0.1, "opt.schedule.warmup_steps": -1,
@@ -314,6 +315,31 @@ def test_blocks_resolve(name):
         ({"model__mtp__kind": "paralel"}, "Did you mean 'parallel'?"),
         ({"model__mtp__depth": 1, "model__mtp__decay": 0.9}, "no effect because model.mtp.depth is 1"),
         ({"model__mtp__depth": 2, "model__mtp__decay": 1.5}, "'model.mtp.decay' must be in (0, 1], got 1.5"),
+        ({"model__filter__keep": 1.5}, "'model.filter.keep' must be in (0, 1], got 1.5"),
+        ({"model__filter__score": "los"}, "Did you mean 'loss'?"),
+        (
+            {"model__filter__score": "loss"},
+            "'model.filter.score' has no effect because model.filter.keep is 1",
+        ),
+        ({"model__filter__keep": 0.5}, "'model.filter.score' = 'excess' with model.filter.keep = 0.5 needs"),
+        ({"data__reference": "a"}, "'data.reference' has no effect because model.filter.keep is 1"),
+        (
+            {"data__reference": "a", "model__filter": {"keep": 0.5, "score": "random"}},
+            "'data.reference' has no effect because model.filter.score is 'random'",
+        ),
+        (
+            {"model__filter": {"keep": 0.5, "score": "middle", "trim": 0.1}},
+            "'model.filter.trim' has no effect because model.filter.score is 'middle'",
+        ),
+        ({"model__filter": {"keep": 0.9, "trim": 0.2}}, "must leave the share that is kept"),
+        (
+            {"model__filter": {"keep": 0.5, "score": "random"}, "model__remat": "block"},
+            "'model.remat' must be 'none' with model.filter.keep below 1",
+        ),
+        (
+            {"model__filter": {"keep": 0.5, "score": "random"}, "model__mtp__depth": 1},
+            "'model.filter.keep' must be 1 with model.mtp.depth = 1",
+        ),
         ({"train__loss": (("z",),)}, "must have 2 entries"),
         ({"mesh__data": 16}, "must be a multiple of 'mesh.data * mesh.fsdp' = 16"),
         ({"mesh__tensor": 7}, "must be a multiple of 'mesh.tensor' = 7"),
@@ -333,6 +359,11 @@ def test_every_mistake_has_its_sentence(changes, message):
     with pytest.raises(ConfigError) as caught:
         resolve(with_(**changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_selecting_by_the_own_loss_warns():
+    with pytest.warns(UserWarning, match="'loss' keeps noise"):
+        resolve(with_(model__filter={"keep": 0.5, "score": "loss"}))
 
 
 @pytest.mark.parametrize("name", sorted(cli._configs()))
@@ -379,6 +410,9 @@ STEP = {
 for _key, _value in {"depth": 3, "kind": "parallel", "decay": 0.9}.items():
     _loss = (("next_token", 1.0), ("mtp", 0.2))
     STEP[f"model.mtp.{_key}"] = (_value, {"model.mtp.depth": 2, "train.loss": _loss})
+STEP["model.filter.keep"] = (0.5, {"model.filter.keep": 0.75, "model.filter.score": "random"})
+STEP["model.filter.score"] = ("middle", {"model.filter.keep": 0.5, "model.filter.score": "random"})
+STEP["model.filter.trim"] = (0.2, {"model.filter.keep": 0.5, "data.reference": "losses"})
 for _key, _value in {
     "rank": 8, "update_gap": 100, "scale": 2.0, "method": "exact", "oversampling": 2, "power_iterations": 0,
     "projector_bits": 16, "momentum": "keep",
@@ -409,7 +443,7 @@ ELSEWHERE = {
     "name": "test_system (workdir)", "workdir": "cli.workdir", "model.embed_std": "initial values, below",
     "data.source": "test_sources", "data.tokenizer": "test_shards", "data.isolate": "test_packing",
     "data.shuffle": "test_pipeline", "data.val_percent": "test_shards", "data.max_bytes": "test_sources",
-    "data.text_key": "test_sources", "data.workers": "test_pipeline", "data.prefetch": "test_pipeline",
+    "data.text_key": "test_sources", "data.reference": "test_reference", "data.workers": "test_pipeline", "data.prefetch": "test_pipeline",
     "opt.schedule.rewarm_steps": "test_system (extension)", "ckpt.every_steps": "test_checkpoint",
     "ckpt.every_minutes": "test_checkpoint", "ckpt.keep_last": "test_checkpoint",
     "ckpt.keep_every_steps": "test_checkpoint", "ckpt.init_from": "test_system", "ckpt.verify": "test_checkpoint",
@@ -442,14 +476,11 @@ def test_every_key_is_accounted_for():
 
 def trace(changes):
     """The lowered step: constants, shapes, shardings and operations, as text."""
-    from nanochat_jax import parallel
     from nanochat_jax.train import program
 
     cfg = resolve(with_(**(SMALL | {k.replace(".", "__"): v for k, v in changes.items()})))
     parts = program.Parts(cfg)
-    rows = jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), np.int32)
-    batch = parallel.Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, np.float32), rows, rows)
-    return parts.step.lower(parts.shapes, batch).as_text()
+    return parts.step.lower(parts.shapes, program.batch_shapes(cfg)).as_text()
 
 
 @pytest.mark.slow

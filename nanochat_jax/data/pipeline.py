@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from nanochat_jax.config import DataConfig
-from nanochat_jax.data import packing
+from nanochat_jax.data import packing, reference
 from nanochat_jax.data.shards import Corpus, Tokens
 from nanochat_jax.data.sources import DataError
 
@@ -19,16 +19,20 @@ Arrays = dict[str, np.ndarray]
 
 
 class _Rows:
-    """Random-access source of packed rows."""
+    """Random-access source of packed rows, with their part of `losses` [n] as field "reference"."""
 
-    def __init__(self, tokens: Tokens, cfg: DataConfig):
-        self.tokens, self.seq_len, self.isolate = tokens, cfg.seq_len, cfg.isolate
+    def __init__(self, tokens: Tokens, cfg: DataConfig, losses: np.ndarray | None = None):
+        self.tokens, self.seq_len, self.isolate, self.losses = tokens, cfg.seq_len, cfg.isolate, losses
 
     def __len__(self) -> int:
         return packing.rows(self.tokens.count, self.seq_len)
 
     def __getitem__(self, index: int) -> Arrays:
-        return packing.window(self.tokens.ids, self.tokens.offsets, int(index), self.seq_len, self.isolate)
+        row = packing.window(self.tokens.ids, self.tokens.offsets, int(index), self.seq_len, self.isolate)
+        if self.losses is not None:
+            start = int(index) * self.seq_len + 1
+            row["reference"] = np.asarray(self.losses[start : start + self.seq_len], np.float32)
+        return row
 
     def __repr__(self) -> str:
         return f"_Rows({self.tokens!r}, seq_len={self.seq_len}, isolate={self.isolate})"
@@ -86,7 +90,7 @@ def batches(
     host's share: rows [index * batch / count, ...) of each global batch, so that the shards in
     order make up the global batch.
     Returns: iterator of fields [batch / count, seq_len], see types.Batch. Close it after use.
-    Raises: DataError if the split is smaller than one batch; ValueError for an impossible shard
+    Raises: DataError if the split is smaller than one batch, or for cfg.reference as `reference.load`; ValueError for an impossible shard
     or start.
     """
     index, count = shard
@@ -108,7 +112,7 @@ def batch_at(cfg: DataConfig, corpus: Corpus, seed: int, step: int) -> Arrays:
 
 def _order(cfg: DataConfig, corpus: Corpus, seed: int) -> grain.MapDataset:
     """Training rows without end, in a new permutation every epoch."""
-    rows = _Rows(corpus.train, cfg)
+    rows = _Rows(corpus.train, cfg, reference.load(cfg, corpus) if cfg.reference else None)
     if len(rows) < cfg.batch:
         raise DataError(
             f"the training split has {corpus.train.count} tokens: {len(rows)} rows of data.seq_len = "

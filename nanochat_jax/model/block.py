@@ -3,6 +3,8 @@
 Functions of (cfg, project, ...) over the weights of a single layer; model/transformer.py stacks them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +19,8 @@ GATE_INPUTS = 12  # channels of the stream that steer the value-embedding gate, 
 
 
 def make_context(cfg: ModelConfig, batch: Batch, cache: KVCache | None) -> dict:
-    """What all layers share: rotary tables, and which key index and segment each slot has."""
+    """What all layers share: rotary tables, which key index and segment each query and slot has, and how
+    new keys or values (second argument) are written into a layer's slots (first)."""
     B, L = batch.tokens.shape
     index = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
     # The barrier keeps XLA from fusing the sines into every layer's rotation and computing them again
@@ -25,11 +28,12 @@ def make_context(cfg: ModelConfig, batch: Batch, cache: KVCache | None) -> dict:
     table = jax.lax.optimization_barrier(rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta))
     shared: dict = {"rotary": table}
     if cache is None:
-        return shared | {"q": (index, batch.segments), "k": (index, batch.segments), "start": None}
+        return shared | {"q": (index, batch.segments), "k": (index, batch.segments), "write": None}
     slots = jnp.broadcast_to(jnp.arange(cache.k.shape[3], dtype=jnp.int32), (B, cache.k.shape[3]))
     q_index = cache.length[:, None] + index
     return shared | {
-        "q": (q_index, jnp.zeros_like(q_index)), "k": (slots, jnp.zeros_like(slots)), "start": cache.length,
+        "q": (q_index, jnp.zeros_like(q_index)), "k": (slots, jnp.zeros_like(slots)),
+        "write": functools.partial(_write, cache.length),
     }  # fmt: skip
 
 
@@ -44,6 +48,15 @@ def layer(
     slices of the cache, [B, T, G, K] each, or None.
     Returns: the carry after the layer, and kv with the new entries.
     """
+    carry, written = layer_and_keys(cfg, project, context, tokens, i, carry, x0, p, kv)
+    return carry, None if kv is None else written
+
+
+def layer_and_keys(
+    cfg: ModelConfig, project: Project, context: dict, tokens: jax.Array, i: int, carry: tuple, x0: jax.Array,
+    p: Params, kv: tuple | None,
+) -> tuple[tuple, tuple]:  # fmt: skip
+    """`layer`, which without kv returns the row's own keys and values in its place."""
     (x, watch), scale = carry, p.get("scale", {})
     project = project.at(p["number"]) if "number" in p else project
     if "residual" in scale:
@@ -62,8 +75,9 @@ def layer(
 def attention(
     cfg: ModelConfig, project: Project, context: dict, tokens: jax.Array, i: int, x_BLD: jax.Array,
     p: Params, value: Params | None, kv: tuple | None,
-) -> tuple[jax.Array, tuple | None]:  # fmt: skip
-    """The attention sublayer: norm, projections, value embeddings, attention. Returns ([B, L, D], kv)."""
+) -> tuple[jax.Array, tuple]:  # fmt: skip
+    """The attention sublayer: norm, projections, value embeddings, attention. Returns ([B, L, D], kv with
+    the new entries, or without kv the new keys and values)."""
     B, L, _ = x_BLD.shape
     h = rms_norm(x_BLD, p.get("norm"), cfg.norm_eps)
     flat = project.several(("attn/q", "attn/k", "attn/v"), h, (p["q"], p["k"], p["v"]))
@@ -72,10 +86,10 @@ def attention(
         gate = 3 * jax.nn.sigmoid(project("value/gate", h[..., :GATE_INPUTS], value["gate"]))
         v = v + gate[..., None] * value["embed"].astype(v.dtype)[tokens].reshape(v.shape)
     q, k = _queries_keys(cfg, q, k, p, context["rotary"])
-    keys, values = k, v
+    keys, values = written = (k, v)
     if kv is not None:
-        keys, values = kv = _write(kv[0], k, context["start"]), _write(kv[1], v, context["start"])
-        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        written = context["write"](kv[0], k), context["write"](kv[1], v)
+        keys, values = (a.astype(q.dtype) for a in written)
     window = cfg.window[i % len(cfg.window)] if cfg.window else 0
     (q_index, q_segment), (k_index, k_segment) = context["q"], context["k"]
     y = kernels.attend(
@@ -83,7 +97,7 @@ def attention(
     ).reshape(B, L, -1)
     if cfg.sub_norm:
         y = rms_norm(y, p.get("sub_norm"), cfg.norm_eps)
-    return project("attn/o", y, p["o"]), kv
+    return project("attn/o", y, p["o"]), written
 
 
 def _queries_keys(cfg, q, k, p, table):
@@ -98,7 +112,7 @@ def _queries_keys(cfg, q, k, p, table):
     return q, k
 
 
-def _write(cache_BTGK, new_BLGK, start_B):
+def _write(start_B, cache_BTGK, new_BLGK):
     """Put each row's new entries behind its own length."""
     write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0, 0)))
     return write(cache_BTGK, new_BLGK.astype(cache_BTGK.dtype), start_B)

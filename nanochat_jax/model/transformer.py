@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from nanochat_jax import params as P
 from nanochat_jax.config import ModelConfig, layer_period, padded_vocab, value_layers
 from nanochat_jax.kernels import attention, dispatch
-from nanochat_jax.model import block, mhc, mtp
+from nanochat_jax.model import block, collider, mhc, mtp
 from nanochat_jax.model.layers import MLPS, rms_norm
 from nanochat_jax.params import ParamSpec
 from nanochat_jax.quant.project import Project
@@ -117,12 +117,14 @@ def mask_padding(cfg: ModelConfig, raw: jax.Array) -> jax.Array:
 
 
 def forward(
-    cfg: ModelConfig, project: Project, params: Params, batch: Batch, cache: KVCache | None = None
-) -> Output:
+    cfg: ModelConfig, project: Project, params: Params, batch: Batch, cache: KVCache | None = None,
+    passenger: jax.Array | None = None,
+) -> Output:  # fmt: skip
     """Hidden states of packed rows, or of the next tokens of cached sequences.
 
     Args: batch: rows [B, L]; only tokens, segments and positions are read, and weights for aux.
     cache: if given, the L tokens follow the `cache.length[b]` tokens of row b, and segments are ignored.
+    passenger: if given, the backward pass sees the kept rows only (model/collider.py).
     Returns: Output with hidden [B, L, D] in the compute dtype, the cache with the new tokens'
     keys and values written and `length` advanced by L, and without a cache aux, sums over tokens
     weighted by `batch.weights` (like the loss, so that pieces of a batch add up).
@@ -133,8 +135,11 @@ def forward(
         x = rms_norm(x, params.get("embed_norm"), cfg.norm_eps)
     context = block.make_context(cfg, batch, cache)
     run = _remat(cfg, functools.partial(block.layer, cfg, project, context, batch.tokens))
+    if passenger is not None:
+        run = collider.layer(cfg, project, context, batch.tokens)
     x0, entries = x, []
     x, watch = mhc.expand(cfg.mhc, x), mhc.watch(cfg.mhc, batch.tokens.shape) if cache is None else None
+    watch = watch if passenger is None else (watch, passenger)
     for r in range(cfg.loop.count):
         kv = None if cache is None else (cache.k[r], cache.v[r])
         layers = {"blocks": _numbered(cfg, project, params["blocks"], r), "value": params.get("value", {})}
@@ -145,8 +150,9 @@ def forward(
     if cache is not None:
         k, v = (jnp.stack([entry[i] for entry in entries]) for i in (0, 1))
         cache = KVCache(k, v, cache.length + batch.tokens.shape[1])
+    watch, ridden = (watch, None) if passenger is None else watch
     aux = mhc.metrics(watch, x, batch.weights)
-    return Output(rms_norm(mhc.collapse(cfg.mhc, x), params.get("norm"), cfg.norm_eps), cache, aux)
+    return Output(rms_norm(mhc.collapse(cfg.mhc, x), params.get("norm"), cfg.norm_eps), cache, aux, ridden)
 
 
 def last_layer(cfg: ModelConfig, project: Project, batch: Batch) -> Callable[[jax.Array, Params], jax.Array]:

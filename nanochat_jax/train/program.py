@@ -95,12 +95,19 @@ class Parts:
         return jax.jit(self.tx.init, out_shardings=self.layout.opt_state)(params)
 
 
+def batch_shapes(cfg: Config) -> parallel.Batch:
+    """Shapes of a training batch, as the data pipeline makes it."""
+    whole, real = (
+        jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), t) for t in (np.int32, np.float32)
+    )
+    reference = real if cfg.data.reference else None
+    return parallel.Batch(whole, whole, real, whole, whole, reference=reference)  # type: ignore[arg-type]
+
+
 def dry_run(cfg: Config) -> str:
     """Trace the whole step without data or arrays; returns the parameter table and state size."""
     parts = Parts(cfg)
-    rows = jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), np.int32)
-    batch = parallel.Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, np.float32), rows, rows)
-    _, metrics = jax.eval_shape(parts.step, parts.shapes, batch)
+    _, metrics = jax.eval_shape(parts.step, parts.shapes, batch_shapes(cfg))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts.shapes))
     return f"{parameter_table(cfg)}\ntraining state: {size / 2**20:.1f} MiB; metrics: {', '.join(sorted(metrics))}"
 

@@ -1,0 +1,312 @@
+"""Filtered backward passes against automatic differentiation of the objective that they state."""
+
+import dataclasses
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nanochat_jax import losses, parallel
+from nanochat_jax import params as params_lib
+from nanochat_jax.config import (
+    FilterConfig,
+    Fp4Config,
+    LoopConfig,
+    MeshConfig,
+    MhcConfig,
+    ModelConfig,
+)
+from nanochat_jax.model import block, collider, transformer
+from nanochat_jax.params import flatten
+from nanochat_jax.train import step as steps
+from nanochat_jax.types import Batch
+
+B, L, V = 2, 12, 40
+TERMS = (("next_token", 1.0), ("z", 0.1))
+KEEP = FilterConfig(0.5, "random")
+CFG = ModelConfig(
+    vocab_size=V, dim=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_dim=32, filter=KEEP
+)  # fmt: skip
+FORMS = {
+    "plain": {},
+    "scanned": {"layers": 2, "unroll": 1, "heads": 4, "kv_heads": 2},
+    "loops": {"loop": LoopConfig(2, norm=True)},
+    "streams": {"mhc": MhcConfig(2, iterations=3)},
+    "ternary": {"quant": "ternary"},
+    # dy of each row in FP4: a row's codes are the same, whether or not rows of zeros stand beside it
+    "fp4": {
+        "quant": "mxfp4_grad", "fp4": Fp4Config(stochastic="none", products="dgrad"), "dim": 32,
+        "kv_heads": 2, "head_dim": 16,
+    },
+    "modern": {
+        "mlp": "relu2", "norm": "weightless", "sub_norm": True, "embed_norm": True, "qk_norm": "after_rope",
+        "qk_gain": 1.2, "softcap": 15.0, "value_embed_every": 1, "residual_scalars": True,
+        "x0_scalars": True, "window": (5,),
+    },
+}  # fmt: skip
+
+
+def of(cfg=CFG, **changes):
+    return dataclasses.replace(cfg, **changes)
+
+
+@functools.cache
+def weights_of(cfg):
+    """Initial parameters with noise, so that none is 0 or 1 everywhere."""
+    noisy = jax.jit(lambda: params_lib.init_params(transformer.param_specs(cfg), jax.random.key(0)))()
+    leaves, tree = jax.tree.flatten(noisy)
+    rng = np.random.default_rng(1)
+    return tree.unflatten([p + jnp.asarray(0.2 * rng.normal(size=p.shape), p.dtype) for p in leaves])
+
+
+def rows(b=B, seed=0):
+    """Two documents a row, and padding at the end of the first row."""
+    rng = np.random.default_rng(seed)
+    tokens = jnp.asarray(rng.integers(0, V, (b, L + 1)), jnp.int32)
+    cut = rng.integers(2, L - 2, (b, 1))
+    index = np.broadcast_to(np.arange(L), (b, L))
+    weights = np.where(index == cut - 1, 0.0, 1.0)
+    weights[0, -2:] = 0
+    weights /= weights.sum()
+    return Batch(
+        tokens[:, :-1], tokens[:, 1:], jnp.asarray(weights, jnp.float32),
+        jnp.asarray(1 + (index >= cut), jnp.int32), jnp.asarray(np.where(index >= cut, index - cut, index), jnp.int32),
+    )  # fmt: skip
+
+
+def chosen(cfg, batch, key):
+    """The mask [B, L] of the kept tokens, for scores that do not depend on the model."""
+    score = collider.scores(cfg.filter, jnp.zeros(batch.tokens.shape), None, batch.weights, key)
+    index = collider.select(score, collider.kept_count(cfg.filter, batch.tokens.shape[1]))
+    return np.any(np.asarray(index)[:, :, None] == np.arange(batch.tokens.shape[1])[None, None], 1)
+
+
+def stated(cfg, batch, mask, monkeypatch, constant_keys=True):
+    """The objective in two lines: masked weights, and constant keys and values of dropped tokens."""
+    kept = np.asarray(batch.weights) * mask
+    kept *= np.asarray(batch.weights).sum(1, keepdims=True) / np.maximum(kept.sum(1, keepdims=True), 1e-9)
+    attend = block.kernels.attend
+
+    def stopped(q, k, v, *others, **settings):
+        k, v = (jnp.where(mask[:, :, None, None], a, jax.lax.stop_gradient(a)) for a in (k, v))
+        return attend(q, k, v, *others, **settings)
+
+    loss_fn = losses.make_loss(of(cfg, filter=FilterConfig()), TERMS, 16)
+    masked = batch.replace(weights=jnp.asarray(kept, jnp.float32))
+
+    def value(params, key):
+        with monkeypatch.context() as patch:
+            if constant_keys:
+                patch.setattr(block.kernels, "attend", stopped)
+            return loss_fn(params, masked, key)[0]
+
+    return value
+
+
+def close(got, want, tolerance=1e-6):
+    """The whole gradient to `tolerance` of its size, and every leaf to 20 times that of its own."""
+    got, want = flatten(got), flatten(want)
+    assert got.keys() == want.keys()
+    sizes, wrong = {}, {}
+    for name in want:
+        a, b = (np.asarray(t[name], np.float64) for t in (got, want))
+        sizes[name], wrong[name] = np.linalg.norm(b), np.linalg.norm(a - b)
+        assert wrong[name] <= 20 * tolerance * sizes[name], (name, wrong[name] / sizes[name])
+    assert np.linalg.norm([*wrong.values()]) <= tolerance * np.linalg.norm([*sizes.values()])
+
+
+def grads_of(cfg, batch, key):
+    run = jax.jit(jax.value_and_grad(losses.make_loss(cfg, TERMS, 16), has_aux=True))
+    return run(weights_of(of(cfg, filter=FilterConfig())), batch, key)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gradient_is_that_of_the_stated_objective(form, key, monkeypatch):
+    cfg, batch = of(**FORMS[form]), rows()
+    (loss, _), grads = grads_of(cfg, batch, key)
+    mask = chosen(cfg, batch, key)
+    plain = weights_of(of(cfg, filter=FilterConfig()))
+    want, oracle = jax.jit(jax.value_and_grad(stated(cfg, batch, mask, monkeypatch)))(plain, key)
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    close(grads, oracle)
+    if form == "plain":  # Rho-1, without the constants, is another gradient
+        rho = jax.jit(jax.grad(stated(cfg, batch, mask, monkeypatch, constant_keys=False)))(plain, key)
+        a, b = (jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(t)]) for t in (grads, rho))
+        cosine = float(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b))
+        assert 0.5 < cosine < 0.9999
+
+
+# --- what does not reach the gradient
+
+
+def test_dropped_tokens_reach_nothing_backward(key):
+    """Neither their targets nor, in the table of embeddings, their own rows."""
+    batch = rows()
+    dropped = ~chosen(CFG, batch, key)
+    b, t = np.argwhere(dropped & (np.asarray(batch.weights) > 0))[0]
+    tokens = jnp.where(batch.tokens == V - 1, 1, batch.tokens).at[b, t].set(V - 1)  # stands nowhere else
+    batch = batch.replace(tokens=tokens)
+    (_, metrics), grads = grads_of(CFG, batch, key)
+    assert not np.any(grads["embed"][V - 1]) and np.any(grads["embed"][1])
+    changed = batch.replace(targets=batch.targets.at[b, t].set((batch.targets[b, t] + 1) % V))
+    (_, other_metrics), other = grads_of(CFG, changed, key)
+    jax.tree.map(np.testing.assert_array_equal, other, grads)
+    assert other_metrics["loss/next_token"] != metrics["loss/next_token"]
+    assert other_metrics["filter/kept_nll"] == metrics["filter/kept_nll"]
+
+
+def test_keeping_every_row_is_the_plain_gradient(key):
+    batch, whole = rows(), of(filter=FilterConfig(0.99, "random"))  # rounds to all 12
+    (loss, metrics), grads = grads_of(whole, batch, key)
+    (want, plain_metrics), plain = grads_of(of(filter=FilterConfig()), batch, key)
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    close(grads, plain)
+    for name, value in plain_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
+    np.testing.assert_allclose(metrics["filter/kept_share"], 1, rtol=1e-6)
+
+
+def test_without_filter_nothing_of_it_is_called(key, monkeypatch):
+    for name in ("layer", "scores", "inject", "passenger", "gather_rows"):
+        monkeypatch.setattr(collider, name, None)
+    cfg = of(filter=FilterConfig())
+    shapes = jax.eval_shape(losses.make_loss(cfg, TERMS, 16), weights_of(cfg), rows(), key)
+    assert not any(name.startswith("filter/") for name in shapes[1])
+    with pytest.raises(TypeError):
+        jax.eval_shape(losses.make_loss(CFG, TERMS, 16), weights_of(cfg), rows(), key)
+
+
+def test_pieces_and_shards_add_up(key):
+    cfg = of(filter=FilterConfig(0.5, "excess", 0.1))
+    batch = rows(8)
+    noise = np.random.default_rng(4).normal(size=batch.tokens.shape)
+    batch = batch.replace(reference=jnp.asarray(30 * noise, jnp.float32))  # decides alone
+    tx = optax.sgd(1.0)
+    made = []
+    mesh = parallel.mesh(MeshConfig(data=4, fsdp=2))
+    for pieces, spread in ((1, False), (2, True)):
+        step = jax.jit(steps.make_train_step(losses.make_loss(cfg, TERMS, 16), tx, 0, pieces))
+        state = steps.new_state(weights_of(of(filter=FilterConfig())), tx)
+        given = batch
+        if spread:
+            given = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+            state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        made.append(step(state, given))
+    (one, metrics), (two, split_metrics) = made
+    close(two.params, one.params)
+    for name in (
+        "loss/total",
+        "loss/next_token",
+        "filter/kept_nll",
+        "filter/dropped_nll",
+        "filter/kept_share",
+    ):
+        np.testing.assert_allclose(split_metrics[name], metrics[name], rtol=1e-5)
+
+
+# --- work
+
+
+def products(jaxpr, found):
+    """Shapes of all dot_general outputs, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation.outvars[0].aval.shape)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                products(inner, found)
+    return found
+
+
+def test_products_are_over_kept_rows(key):
+    """Counted in the traced program, before any compiler: floating-point operations, and scores."""
+    D, N, T = 64, 4, 64
+    cfg = ModelConfig(vocab_size=128, dim=D, layers=N, heads=2, kv_heads=2, head_dim=32, mlp_dim=4 * D)
+    ints = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    batch = Batch(ints, ints, jax.ShapeDtypeStruct((B, T), jnp.float32), ints, ints)  # type: ignore[arg-type]
+    shapes = jax.eval_shape(lambda: params_lib.init_params(transformer.param_specs(cfg), key))
+
+    def gradient(**changes):
+        return jax.jit(jax.grad(losses.make_loss(of(cfg, **changes), TERMS, B * T), has_aux=True))
+
+    def work(**changes):
+        return gradient(**changes).lower(shapes, batch, key).cost_analysis()["flops"]
+
+    plain, again = work(), work(remat="block")
+    at = {r: work(filter=FilterConfig(r, "random")) for r in (0.25, 0.5, 0.75)}
+    assert at[0.5] <= 0.87 * plain and at[0.5] <= 0.68 * again, (at, plain, again)
+    assert abs(at[0.75] - 2 * at[0.5] + at[0.25]) < 0.01 * plain  # linear in r
+    traced = jax.make_jaxpr(gradient(filter=FilterConfig(0.25, "random")))(shapes, batch, key)
+    scores = [shape[-2:] for shape in products(traced.jaxpr, []) if shape[-1] == T and len(shape) > 3]
+    assert scores.count((T, T)) == N  # the forward pass alone
+    assert scores.count((T // 4, T)) >= 2 * N
+
+
+# --- the choice
+
+
+@hypothesis.given(
+    st.sampled_from(("excess", "loss", "middle", "random")), st.integers(0, 2**31 - 1), st.integers(1, 9),
+    st.sampled_from((0.0, 0.1, 0.3)),
+)  # fmt: skip
+@hypothesis.settings(max_examples=25)
+def test_the_choice_is_what_the_score_says(kind, seed, k, trim):
+    rng = np.random.default_rng(seed)
+    T = 10
+    nll = rng.integers(0, 6, (3, T)).astype(np.float32)  # with ties
+    reference = rng.integers(0, 3, (3, T)).astype(np.float32)
+    weights = (rng.random((3, T)) < 0.8).astype(np.float32)
+    cfg = FilterConfig(0.5, kind, trim)
+    score = collider.scores(
+        cfg, jnp.asarray(nll), jnp.asarray(reference), jnp.asarray(weights), jax.random.key(seed)
+    )
+    index = np.asarray(collider.select(score, k))
+    assert index.shape == (3, k) and np.all(np.diff(index, axis=1) > 0)
+    for row in range(3):
+        known = np.flatnonzero(weights[row])
+        picked = [t for t in index[row] if weights[row, t]]
+        assert len(picked) == min(k, len(known))  # padding only where nothing else is left
+        if kind == "random":
+            continue
+        value = nll[row] - (reference[row] if kind == "excess" else 0)
+        order = sorted(known, key=lambda t: (-value[t], t))  # the highest first, the earlier of equal ones
+        if kind == "middle":
+            middle = (len(known) - 1) / 2
+            ranks = {t: abs(i - middle) for i, t in enumerate(order)}
+            order = sorted(known, key=lambda t: (ranks[t], t))
+        else:
+            first = int(np.floor(np.float32(trim) * len(known)))
+            order = order[first:] + order[:first]
+        assert picked == sorted(order[: len(picked)])
+    sums = np.asarray(collider.kept_weights(jnp.asarray(weights), jnp.asarray(index))).sum(1)
+    np.testing.assert_allclose(sums, weights.sum(1), rtol=1e-6)
+
+
+def test_random_choice_is_uniform_and_keyed():
+    T, k, draws = 12, 3, 800
+    score = collider.scores(KEEP, jnp.zeros((draws, T)), None, jnp.ones((draws, T)), jax.random.key(5))
+    counts = np.bincount(np.asarray(collider.select(score, k)).reshape(-1), minlength=T)
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+    other = collider.scores(KEEP, jnp.zeros((draws, T)), None, jnp.ones((draws, T)), jax.random.key(6))
+    assert not np.array_equal(score, other)
+
+
+def test_excess_needs_a_reference(key):
+    with pytest.raises(ValueError, match=r"needs batch\.reference"):
+        collider.scores(FilterConfig(0.5), jnp.zeros((1, 4)), None, jnp.ones((1, 4)), key)
+
+
+def test_metrics_are_means_of_kept_and_dropped():
+    nll, weights = np.array([[1.0, 2, 3, 4]], np.float32), np.array([[0.25, 0.25, 0.5, 0]], np.float32)
+    made = collider.metrics(jnp.asarray(nll), jnp.asarray(weights), jnp.array([[0, 2]]))
+    np.testing.assert_allclose(made["filter/kept_nll"], (0.25 * 1 + 0.5 * 3) / 0.75, rtol=1e-6)
+    np.testing.assert_allclose(made["filter/dropped_nll"], 2, rtol=1e-6)
+    np.testing.assert_allclose(made["filter/kept_share"], 0.75, rtol=1e-6)
