@@ -164,7 +164,7 @@ def layer(cfg: ModelConfig, project: Project, context: dict, tokens: jax.Array) 
 
     def run(i: int, carry: tuple, x0: jax.Array, p: Params, kv: None) -> tuple[tuple, None]:
         x, (watch, rider) = carry
-        x, watch, rider = _layer(cfg, i, project, context, tokens, x, watch, rider, x0, p)
+        x, watch, rider = _layer(cfg, i, project, context, tokens, x, watch, rider, x0, p)  # type: ignore[misc]
         return (x, (watch, rider)), None
 
     return run

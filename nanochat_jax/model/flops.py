@@ -3,13 +3,15 @@
 Convention (arXiv:2204.02311): a training token costs 6 FLOPs per matmul weight it meets, and
 12 * heads * head_dim * (visible positions) per attention layer, not halved for causality. Loops
 repeat the blocks; each further token of multi-token prediction has one layer, with the last one's
-window, and the head once more. Embedding look-ups, norms and the optimizer are left out.
+window, and the head once more. Where the backward pass sees a share r of the tokens only, a third of
+this is the forward pass and r times two thirds the backward; layers computed again never count.
+Embedding look-ups, norms and the optimizer are left out.
 """
 
 import math
 
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.model import transformer
+from nanochat_jax.model import collider, transformer
 from nanochat_jax.params import flatten
 
 
@@ -27,7 +29,9 @@ def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     visible = [min(window or seq_len, seq_len) for window in windows]
     attention = 12 * cfg.heads * cfg.head_dim
     further = cfg.mtp.depth * attention * visible[-1]
-    return 6 * outside + further + cfg.loop.count * (6 * blocks + attention * sum(visible))
+    whole = 6 * outside + further + cfg.loop.count * (6 * blocks + attention * sum(visible))
+    kept = collider.kept_count(cfg.filter, seq_len) / seq_len
+    return whole * (1 + 2 * kept) / 3
 
 
 # Dense bfloat16 peak in FLOP/s, by the start of jax's device_kind (vendors' data sheets).

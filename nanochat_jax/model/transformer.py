@@ -150,7 +150,7 @@ def forward(
     if cache is not None:
         k, v = (jnp.stack([entry[i] for entry in entries]) for i in (0, 1))
         cache = KVCache(k, v, cache.length + batch.tokens.shape[1])
-    watch, ridden = (watch, None) if passenger is None else watch
+    watch, ridden = (watch, None) if passenger is None else watch  # type: ignore[misc]
     aux = mhc.metrics(watch, x, batch.weights)
     return Output(rms_norm(mhc.collapse(cfg.mhc, x), params.get("norm"), cfg.norm_eps), cache, aux, ridden)
 

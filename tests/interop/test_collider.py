@@ -49,7 +49,7 @@ def theirs(p, tokens, targets, mask):
         gate = torch.nn.functional.silu(h @ p["blocks/mlp/gate"][n])
         x = x + (gate * (h @ p["blocks/mlp/up"][n])) @ p["blocks/mlp/down"][n]
     logits = norm(x, p["norm"]) @ p["head"]
-    nll = torch.nn.functional.cross_entropy(logits.view(-1, V), targets.view(-1), reduction="none")
+    nll = torch.nn.functional.cross_entropy(logits.reshape(-1, V), targets.reshape(-1), reduction="none")
     return (nll.view(B, L) * mask).sum() / mask.sum()
 
 
