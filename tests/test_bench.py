@@ -17,7 +17,7 @@ def run(child_env, *arguments):
     ("arguments", "message"),
     [
         (["optimizer"], "Did you mean 'optimizers'?"),
-        ([], "known: optimizers, throughput"),
+        ([], "known: ablate, optimizers, throughput"),
         (["throughput"], "--config is missing"),
         (["optimizers", "--trees=tinny"], "no tree 'tinny'. Did you mean 'tiny'?"),
     ],

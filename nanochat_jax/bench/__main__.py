@@ -2,7 +2,6 @@
 
 import json
 import sys
-from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.config import Config, nearest
@@ -12,46 +11,35 @@ FLAGS = {
     "blocks": cli.Flag(10, "timed blocks; the median counts"),
     "steps": cli.Flag(5, "steps per block"),
     "trees": cli.Flag("", "optimizers: parameter trees, e.g. tiny,config_a; default all"),
+    "plan": cli.Flag("", "ablate: the directory of arms.json; also the word after `ablate`"),
+    "seeds": cli.Flag("", "ablate: only these, e.g. 0,1"),
+    "arms": cli.Flag("", "ablate: only these arms, or chains of arms, e.g. muon,adamw"),
+    "report": cli.Flag(False, "ablate: train nothing, only write the report"),
 }
-
-
-def _throughput(cfg: Config, call: cli.Invocation) -> tuple[dict[str, Any], str]:
-    from nanochat_jax.bench import throughput
-
-    record = throughput.throughput(cfg, call.blocks, call.steps)
-    return record, throughput.line(record)
-
-
-def _optimizers(cfg: Config, call: cli.Invocation) -> tuple[dict[str, Any], str]:
-    from nanochat_jax.bench import optimizers
-
-    trees = tuple(filter(None, call.trees.split(","))) or tuple(optimizers.TREES)
-    record = optimizers.optimizers(call.blocks, call.steps, trees)
-    return record, optimizers.table(record)
-
-
-# kind -> (benchmark, does it need --config)
-KINDS = {"throughput": (_throughput, True), "optimizers": (_optimizers, False)}
+KINDS = {"throughput": True, "optimizers": False, "ablate": False}  # kind -> does it need --config
 
 
 def main(kind: str, cfg: Config, call: cli.Invocation) -> int:
-    """Run one benchmark; print its record or the text for people."""
+    """Run one benchmark; print its record or the text for people. Status: the record's, else 0."""
     cli.setup_runtime(cfg)
-    record, text = KINDS[kind][0](cfg, call)
+    from nanochat_jax.bench import commands
+
+    if kind == "ablate":
+        with cli.Interrupt() as interrupt:
+            record, text = commands.ablate(call, lambda: interrupt.requested)
+    else:
+        record, text = {"throughput": commands.throughput, "optimizers": commands.optimizers}[kind](cfg, call)
     print(json.dumps(record, indent=1) if call.json else text)
-    return 0
+    return record.get("status", 0)
 
 
 if __name__ == "__main__":
     kind = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    if kind == "ablate" and len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"--plan={sys.argv[1]}"
     if kind not in KINDS and "--help" not in sys.argv:
-        print(
-            f"usage: python -m nanochat_jax.bench <kind> --config=...{nearest(kind, KINDS)}", file=sys.stderr
-        )
+        usage = f"usage: python -m nanochat_jax.bench <kind> --config=...{nearest(kind, KINDS)}"
+        print(usage, file=sys.stderr)
         sys.exit(2)
-    cli.run(
-        f"bench {kind or '<kind>'}",
-        lambda cfg, call: main(kind, cfg, call),
-        FLAGS,
-        needs_config=KINDS.get(kind, (None, True))[1],
-    )
+    name = f"bench {kind or '<kind>'}"
+    cli.run(name, lambda cfg, call: main(kind, cfg, call), FLAGS, needs_config=KINDS.get(kind, True))

@@ -1,0 +1,63 @@
+"""What `python -m nanochat_jax.bench <kind>` does: flags -> (record for --json, text for people)."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nanochat_jax.bench import ablate as ablation
+from nanochat_jax.bench import ablate_report as report
+from nanochat_jax.bench import optimizers as memory
+from nanochat_jax.bench import throughput as speed
+from nanochat_jax.config import Config, ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def throughput(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
+    """Tokens per second of the train step. Flags: blocks, steps."""
+    record = speed.throughput(cfg, flags.blocks, flags.steps)
+    return record, speed.line(record)
+
+
+def optimizers(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
+    """Memory and time of the optimizers. Flags: blocks, steps, trees."""
+    trees = tuple(filter(None, flags.trees.split(","))) or tuple(memory.TREES)
+    record = memory.optimizers(flags.blocks, flags.steps, trees)
+    return record, memory.table(record)
+
+
+def ablate(flags: Any, interrupted: Callable[[], bool]) -> tuple[dict[str, Any], str]:
+    """Train what is missing of an ablation, then report. Flags: plan, seeds, arms, report, workdir.
+
+    The record's status is 1 if a run failed or still waits, 130 if interrupted.
+    Raises: ConfigError for mistakes, before anything runs; ModuleNotFoundError without matplotlib, at
+    the end.
+    """
+    if not flags.plan:
+        raise ConfigError("name the directory of arms.json, e.g. `bench ablate experiments/blocks`")
+    jax.config.update("jax_platforms", "cpu")  # this process only counts; the devices are the children's
+    directory = Path(flags.plan)
+    plan = ablation.read_plan(directory)
+    runs = Path(flags.workdir or Path("runs") / directory.resolve().name)
+    arms = ablation.selected(flags.arms, plan) if flags.arms else ()
+    try:
+        seeds = [int(seed) for seed in flags.seeds.split(",")] if flags.seeds else []
+    except ValueError:
+        raise ConfigError(f"--seeds must be whole numbers with commas, got '{flags.seeds}'") from None
+    if others := set(seeds) - set(plan.seeds):
+        raise ConfigError(f"--seeds has {sorted(others)}, which arms.json does not plan: {list(plan.seeds)}")
+    problems = [] if flags.report else ablation.run(directory, runs, seeds, arms, interrupted=interrupted)
+    for problem in problems:
+        log.warning("%s", problem)
+    try:
+        text, rows = report.write(directory, runs)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        advice = 'report.png needs the plot extra: pip install "nanochat_jax[plot]"; all else is written'
+        raise ModuleNotFoundError(advice, name=error.name) from None
+    status = 130 if interrupted() else int(bool(problems))
+    return {"status": status, "problems": problems, "rows": rows}, text
