@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from nanochat_jax import config as config_lib
 from nanochat_jax import optim
 from nanochat_jax import params as params_lib
 from nanochat_jax.bench import ablate, ablate_measure, ablate_report, claims
+from nanochat_jax.bench import commands as commands_
 from nanochat_jax.config import ConfigError
 from nanochat_jax.model import transformer
 
@@ -277,10 +279,26 @@ def test_an_interrupt_saves_and_the_next_call_resumes(tmp_path):
     gate = tmp_path / "gate"
     write_plan(tmp_path / "plan", seeds=[0], arms={"a": [f"--wait={gate}"]})
     problems = go(tmp_path, interrupted=lambda: bool((tmp_path / "runs").exists() and journal(tmp_path)))
-    assert problems[-1] == "interrupted; the same command goes on"
+    assert problems == ["interrupted; the same command goes on"]
     assert len(journal(tmp_path, "end")) == 1 and not results(tmp_path)
     gate.touch()
     assert go(tmp_path) == [] and set(results(tmp_path)) == {("a", 0)}
+
+
+@pytest.mark.multiprocess
+def test_a_run_that_another_finished_meanwhile(tmp_path, monkeypatch):
+    """Between the look at the results and the claim, another invocation may finish the run."""
+    write_plan(tmp_path / "plan", seeds=[0])
+    take = claims.take
+
+    def late(path):
+        if (taken := take(path)) and not results(tmp_path):
+            ablate.append_result(tmp_path / "plan", {"arm": "a", "seed": 0, "bpb": 1.0})
+        return taken
+
+    monkeypatch.setattr(claims, "take", late)
+    assert go(tmp_path) == []
+    assert [r["bpb"] for r in journal(tmp_path)] == ["1.4"] and results(tmp_path)["a", 0]["bpb"] == 1.0
 
 
 def test_claims(tmp_path):
@@ -437,6 +455,24 @@ def test_report_files(finished):
     assert json.loads(json.dumps(rows, allow_nan=False))[2]["bpb"] == [1.2, None]
 
 
+def test_without_matplotlib_the_text_is_written(finished, monkeypatch):
+    _, home = finished
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    flags = SimpleNamespace(plan=str(home), workdir="", arms="", seeds="", report=True)
+    with pytest.raises(ModuleNotFoundError, match="plot extra"):
+        commands_.ablate(flags, lambda: False)
+    assert "| a | 0, 1, 2 |" in (home / "report.md").read_text() and not (home / "report.png").exists()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_status(finished, interrupted):
+    """0 if everything is done, 130 if interrupted; a failure is in the test below."""
+    _, home = finished
+    flags = SimpleNamespace(plan=str(home), workdir=str(home / "w"), arms="a", seeds="0", report=False)
+    record, text = commands_.ablate(flags, lambda: interrupted)
+    assert record["status"] == (130 if interrupted else 0) and text == (home / "report.md").read_text()
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
@@ -446,9 +482,12 @@ def test_report_files(finished):
         (["experiments/blocks", "--seeds=7"], 2, "does not plan"),
         (["experiments/blocks", "--seeds=x"], 2, "whole numbers"),
         (["experiments/blocks", "--arms=sead"], 2, "Did you mean 'seed'?"),
+        (["{failing}"], 1, "a, seed 0: ended with status 2"),
     ],
 )
-def test_mistakes_on_the_command_line(child_env, arguments, status, message):
+def test_mistakes_on_the_command_line(child_env, tmp_path, arguments, status, message):
+    write_plan(tmp_path / "plan", seeds=[0], arms={"a": ["--config=nowhere.py"]})
+    arguments = [a.format(failing=tmp_path / "plan") for a in arguments] + [f"--workdir={tmp_path / 'runs'}"]
     command = [sys.executable, "-m", "nanochat_jax.bench", "ablate", *arguments]
     result = subprocess.run(command, env=child_env, capture_output=True, text=True, cwd=REPOSITORY)
     assert result.returncode == status and message in result.stderr and "Traceback" not in result.stderr

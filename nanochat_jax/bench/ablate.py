@@ -245,7 +245,7 @@ def _waiting(plan: Plan, results: Results, seeds: Iterable[int], arms: Iterable[
 def _run_one(
     plan: Plan, directory: Path, runs: Path, arm: str, seed: int, commands: Commands, interrupted: Callable
 ) -> str:
-    """Train, and append the result. Returns: what went wrong, or ""."""
+    """Train, and append the result unless interrupted. Returns: what went wrong, or ""."""
     workdir = place(plan, runs, arm, seed)
     claim, output = workdir.with_suffix(".claim"), workdir.with_suffix(".log")
     arguments = [*plan.base, *plan.arms[arm]]
@@ -253,14 +253,15 @@ def _run_one(
         if plan.seconds:
             arguments.append(f"--config.train.steps={_planned_steps(plan, runs, arm, commands, claim)}")
     except (subprocess.CalledProcessError, ValueError, KeyError) as error:
-        return f"{arm}, seed {seed}: its speed could not be measured: {error}"
+        return "" if interrupted() else f"{arm}, seed {seed}: its speed could not be measured: {error}"
     (workdir / "result.json").unlink(missing_ok=True)  # that of an interrupted start
     log.info("%s, seed %d: training, see %s", arm, seed, output)
     command = [*commands.train, *arguments, f"--config.seed={seed}", f"--workdir={workdir}"]
     status, peak = _child(command, output, claim, interrupted)
     if status not in (0, 1) or not (workdir / "result.json").exists():
-        if not interrupted():
-            log.info("%s, seed %d: failed with status %d", arm, seed, status)
+        if interrupted():
+            return ""
+        log.info("%s, seed %d: failed with status %d", arm, seed, status)
         return f"{arm}, seed {seed}: ended with status {status}, see {output}"
     row = {"arm": arm, "seed": seed, **measured(workdir, status, peak), "arguments": digest(plan, arm)}
     if plan.seconds:
@@ -274,6 +275,7 @@ def _run_one(
 def _child(command: list[str], output: Path, claim: Path, interrupted: Callable) -> tuple[int, int]:
     """Run to the end. Returns: exit status (negative: signal), peak of resident memory in bytes.
 
+    Linux counts into the peak what this process had when it started the child, about 0.2 GiB.
     The child has a session of its own: Ctrl-C reaches it once, from here, and it saves.
     """
     with open(output, "ab") as out:

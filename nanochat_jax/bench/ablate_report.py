@@ -165,16 +165,14 @@ def _size(value: float | None) -> str:
 def picture(plan: ablate.Plan, results: ablate.Results, runs: Path, out: Path) -> None:
     """Bits per byte by arm with intervals and single seeds; beside it training losses of the first seed,
     where its metrics are still there. Needs matplotlib, the extra 'plot'."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
 
     made = [row for row in rows(plan, results) if all(map(math.isfinite, row.bpb))]
     curves = {row.name: metric_rows(ablate.place(plan, runs, row.arm, row.seeds[0])) for row in made}
     curves = {name: found for name, found in curves.items() if found}
-    height = 1.5 + 0.3 * len(made)
-    figure, axes = plt.subplots(
-        1, 1 + bool(curves), figsize=(5.5 * (1 + bool(curves)), max(height, 3.5)), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    columns = 1 + bool(curves)
+    figure = Figure(figsize=(5.5 * columns, max(1.5 + 0.3 * len(made), 3.5)), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)
     left = axes[0, 0]
     for index, row in enumerate(made):
         left.plot(row.bpb, [index] * len(row.bpb), ".", color="gray", markersize=4)
@@ -192,7 +190,6 @@ def picture(plan: ablate.Plan, results: ablate.Results, runs: Path, out: Path) -
     for axis in axes[0]:
         axis.grid(alpha=0.3)
     figure.savefig(out, dpi=130)
-    plt.close(figure)
 
 
 def write(directory: Path, runs: Path) -> tuple[str, list[dict[str, Any]]]:

@@ -55,7 +55,7 @@ def ablate(flags: Any, interrupted: Callable[[], bool]) -> tuple[dict[str, Any],
     try:
         text, rows = report.write(directory, runs)
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         advice = 'report.png needs the plot extra: pip install "nanochat_jax[plot]"; all else is written'
         raise ModuleNotFoundError(advice, name=error.name) from None
