@@ -3,7 +3,7 @@
     python ablate_child.py <journal> train|probe [arguments]
 
 Its own arguments: --bpb=F (of seed 0; every further seed adds 0.01), --status=N, --first_status=N (of the
-first start only), --wait=FILE (run until it exists, or SIGTERM), --step_ms=F. Every start is a line of
+first start only), --crash=N (leave nothing), --wait=FILE (run until it exists, or SIGTERM), --step_ms=F. Every start is a line of
 the journal.
 """
 
@@ -28,6 +28,8 @@ if kind == "probe":
     print(json.dumps({"step_ms": {"median": float(given["step_ms"])}, "tokens_per_second": 1.0}))
     sys.exit(0)
 
+if "crash" in given:
+    sys.exit(int(given["crash"]))
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
 workdir, seed = Path(given["workdir"]), int(given["config.seed"])

@@ -187,6 +187,16 @@ def test_divergence_is_a_result(tmp_path):
 
 
 @pytest.mark.multiprocess
+def test_the_result_of_an_earlier_start_does_not_count(tmp_path):
+    plan = write_plan(tmp_path / "plan", seeds=[0], arms={"a": ["--crash=1"]})
+    workdir = ablate.place(plan, tmp_path / "runs", "a", 0)
+    workdir.mkdir(parents=True)
+    (workdir / "result.json").write_text('{"step": 3, "stop": "interrupted"}')
+    [problem] = go(tmp_path)
+    assert "ended with status 1" in problem and not results(tmp_path)
+
+
+@pytest.mark.multiprocess
 def test_tuning_on_the_first_seed(tmp_path):
     arms = {
         "a, 0.1": ["--bpb=1.5"],
@@ -524,3 +534,23 @@ def test_a_real_run(tmp_path, child_env):
     assert json.loads(result.stdout)["rows"][1]["facts"]["state_bytes"] == coded["state_bytes"]
     assert len((tmp_path / "plan/results.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "plan/report.png").stat().st_size > 1000
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_a_real_run_of_equal_time(tmp_path, child_env, monkeypatch):
+    """The speed is measured by the real benchmark; the run takes about as long as planned (no bound here)."""
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("NANOCHAT_JAX_HOME", child_env["NANOCHAT_JAX_HOME"])
+    base = ["--config=smoke", "--config.log.every_steps=1", "--config.eval.batches=1"]
+    base += [
+        "--config.eval.sample_tokens=0",
+        "--config.opt.schedule.warmup_steps=1",
+        "--config.log.tensorboard=false",
+    ]
+    write_plan(tmp_path / "plan", base=base, arms={"a": []}, seeds=[0], seconds=0.5)
+    assert ablate.run(tmp_path / "plan", tmp_path / "runs") == []
+    [speed] = (tmp_path / "runs").glob("*-speed.json")
+    row = results(tmp_path)["a", 0]
+    assert row["steps"] == max(1, round(500 / json.loads(speed.read_text())["step_ms"]["median"]))
+    assert row["seconds_planned"] == 0.5 and row["seconds"] > 0
