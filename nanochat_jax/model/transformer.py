@@ -194,6 +194,8 @@ def _stack(cfg: ModelConfig, run, x, x0, layers, kv):
     """Apply all layers once to x = (residual, watch). Returns (x, (k, v) stacks with the new entries, or None)."""
     unroll = layer_unroll(cfg)
     steps = cfg.layers // unroll
+    if unroll == 1 and steps > 1:
+        return _stack_singly(run, x, x0, layers, kv)
     grouped = jax.tree.map(lambda a: a.reshape(steps, a.shape[0] // steps, *a.shape[1:]), (layers, kv))
 
     def body(x, group):
@@ -214,6 +216,17 @@ def _stack(cfg: ModelConfig, run, x, x0, layers, kv):
         return x, written
     x, written = jax.lax.scan(body, x, grouped)
     return x, None if kv is None else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), written)
+
+
+def _stack_singly(run, x, x0, layers, kv):
+    """`_stack` of one layer per scan step. The weights reach the layer exactly as the scan hands them
+    out: reshaped or split ones would be saved for the backward pass, a copy of all layers in every loop."""
+
+    def body(x, each):
+        layer, each_kv = each
+        return run(0, x, x0, {**layer["blocks"], "value": layer["value"] or None}, each_kv)
+
+    return jax.lax.scan(body, x, (layers, kv))
 
 
 def _each(tree, n: int) -> list:
