@@ -42,6 +42,7 @@ RULES: dict[str, set[str]] = {
     "rl": BASE | set(TOWER) | BESIDE | {"train", "inference", "evals"},
     "export": BASE | set(TOWER[:3]),
     "serve": BASE | {"inference"},
+    "plan": BASE | set(TOWER) | BESIDE | {"train"},
     "bench": BASE | set(TOWER) | BESIDE | {"train", "inference", "evals", "rl", "export", "serve"},
 }
 # File -> what it may import beyond its room, because it puts a run together from its parts as a

@@ -23,6 +23,9 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     if call.dry_run:
         print(program.dry_run(cfg))
         return 0
+    from nanochat_jax.plan import devices, fit
+
+    fit.refuse(cfg, devices.limit())
     facts = cli.record("train", call)
     home = cli.workdir(cfg, call)
     with cli.Interrupt() as interrupt:

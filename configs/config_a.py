@@ -1,0 +1,43 @@
+"""Machine A: one 96 GB Blackwell workstation card. LoopLM of 1.8 B weights, 24 layers four times.
+
+Argument: "loop" (default) or "dense", e.g. --config=configs/config_a.py:dense
+    loop   dim 2048, 24 layers run 4 times: 1.82 B weights. Once called "7B": that is the compute of an
+           unrolled model of 6.65 B (SwiGLU of 4 x dim, untied), not its number of weights.
+    dense  7.19 B weights in one loop: does not fit this card with float32 weights and gradients.
+`python -m nanochat_jax.plan --config=config_a` prints both counts, the memory, and the expected speed.
+
+Published: 32 sequences x 4 microbatches. 32 sequences of 8192 tokens need several times the card's memory;
+the same 128 sequences per update are cut into 64 microbatches instead. Entropy of loop exits (0.05) and
+the mixture of corpora are not set here; the learning rates, schedule and clip are the published ones.
+"""
+
+from nanochat_jax.config import BLOCKS, ConfigError, defaults
+
+DENSE = {"dim": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "mlp_dim": 14336, "tied": True}
+
+
+def get_config(arg: str = ""):
+    if arg not in ("", "loop", "dense"):
+        raise ConfigError(f"config argument '{arg}': expected loop or dense")
+    config = defaults()
+    config.name = "config_a_dense" if arg == "dense" else "config_a"
+    m, o = config.model, config.opt
+    m.update(BLOCKS["seed"])
+    m.update(vocab_size=50257, dim=2048, layers=24, heads=16, kv_heads=16, head_dim=128, mlp_dim=8192)
+    m.update(tied=False, quant="ternary_nvfp4", quant_group=0, remat="block", unroll=1)
+    m.loop.count, m.mhc.streams = 4, 4
+    if arg == "dense":
+        m.update(DENSE)
+        m.loop.count = 1
+    config.data.update(source="rust", seq_len=8192, batch=128, workers=64, prefetch=10)
+    config.train.update(steps=100_000, microbatches=64)
+    o.matrix.update(name="muon", lr=0.02, beta1=0.95, weight_decay=0.01, state_bits=8)
+    for group in (o.embed, o.head, o.scalar):
+        group.update(name="lion", lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.01)
+    o.scalar.weight_decay = 0.0  # gains and mixing weights must not shrink
+    o.galore.update(rank=512, update_gap=200, projector_bits=8)
+    o.schedule.update(kind="wsd", warmup_steps=2000, decay_fraction=0.18, floor=0.1)  # 3e-4 to 3e-5
+    o.clip = 5.0
+    config.ckpt.update(every_steps=1000, every_minutes=0.0, keep_last=5)
+    config.eval.update(every_steps=5000, batches=8)  # about 1000 sequences
+    return config

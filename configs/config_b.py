@@ -1,0 +1,36 @@
+"""Machine B: two RTX 4090. LoopLM of 0.91 B weights, 20 layers four times.
+
+Argument: "loop" (default) or "dense", e.g. --config=configs/config_b.py:dense
+    loop   dim 1536, 20 layers run 4 times: 0.91 B weights, the compute of 3.17 B unrolled (once "3B").
+    dense  2.97 B weights in one loop, split over both cards.
+Published: 4 sequences x 8 microbatches, two per card, which fit when the cards share the weights (fsdp)
+instead of both holding all of them. Rates, schedule and clip are the published ones; what
+is common to the three machines comes from config_a.py. Entropy of loop exits (0.08) is not set here.
+"""
+
+from nanochat_jax.cli import read_config
+
+DENSE = {"dim": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "mlp_dim": 8192}
+
+
+def get_config(arg: str = ""):
+    config = read_config(f"config_a:{arg}")
+    config.name = config.name.replace("config_a", "config_b")
+    m, o = config.model, config.opt
+    m.update(dim=1536, layers=20, heads=12, kv_heads=12, mlp_dim=6144, quant="ternary", quant_group=128)
+    m.mhc.streams = 2
+    config.mesh.fsdp = 2
+    config.data.update(seq_len=4096, batch=32, workers=8, prefetch=4)
+    config.train.update(steps=150_000, microbatches=8)
+    if arg == "dense":
+        m.update(DENSE)
+        config.train.microbatches = 16  # one sequence per card
+    o.matrix.lr = 0.025
+    for group in (o.embed, o.head, o.scalar):
+        group.lr = 1.2e-4
+    o.galore.update(rank=256, update_gap=500)
+    o.schedule.update(warmup_steps=1000, decay_fraction=29 / 150)  # 4e-4 to 4e-5
+    o.clip = 4.0
+    config.ckpt.update(every_steps=2000, keep_last=3)
+    config.eval.update(every_steps=10_000, batches=16)  # about 500 sequences
+    return config

@@ -1,0 +1,190 @@
+"""Memory of a training step on one device, in closed form: nothing is compiled or allocated.
+
+Exact, because counted on the real trees: parameters, gradients, optimizer state, batch. Estimated: what
+is alive besides them at the fullest moment, the largest of three:
+
+    backward    gradients of R loops + accumulated ones + saved activations of all R * N layers
+                + everything one layer's backward needs at once + the edges (embedding, hidden, d_head)
+    loss        accumulated gradients + saved activations + LOGITS copies of a chunk's logits + the edges
+    optimizer   gradients + updates + LEAVES copies of the largest leaf
+
+The counts of saved tensors are those of jax's own partial evaluation of one layer (test_memory reads them
+off the traced program) for layers that run in a scan, as on GPU or with model.unroll = 1; LOGITS, LEAVES, EDGES and STREAMS are fitted to XLA's memory analysis, see
+experiments/plan. Each loop has gradients of its own because XLA adds them all at the end, in one fusion.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from nanochat_jax import optim, parallel
+from nanochat_jax import params as params_lib
+from nanochat_jax.config import Config, MeshConfig, ModelConfig, OptConfig, padded_vocab
+from nanochat_jax.kernels.attention import QUERY_BLOCK
+from nanochat_jax.model import transformer
+from nanochat_jax.model.layers import MLPS
+from nanochat_jax.types import TrainState
+
+LOGITS = 4  # float32 copies of a chunk's logits: product, capped, softmax, gradient
+LEAVES = 3  # float32 copies of the largest leaf while it is updated
+EDGES = 2  # activations [B, L, D] besides the layers': embedding, hidden states
+STREAMS = 9  # copies of the residual streams during one layer's backward
+BATCH_FIELDS = 5  # int32 or float32 [B, L] of a Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device, by category. The first four are exact."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int  # one set; see `temporary` for the others that exist at the peak
+    activations: int  # saved for the backward pass by all layers and loops
+    layer: int  # working set of one layer's backward
+    logits: int  # of a chunk, all copies
+    edges: int
+    accumulated: int  # gradients added over microbatches and loops, beyond the one set
+    phases: Mapping[str, int]  # temporary bytes of each phase; the largest counts
+
+    @property
+    def temporary(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def arguments(self) -> int:
+        return self.parameters + self.optimizer + self.batch
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.temporary
+
+
+def predict(cfg: Config, platform: str = "gpu") -> Memory:
+    """Memory of the step of a config on each device of its mesh.
+
+    Args: platform: "gpu" (bfloat16, fused attention) or "cpu" (float32, saved shares of attention), as
+    far as the config leaves it to the device.
+    Raises: ValueError if a weight does not divide over the mesh.
+    """
+    m, t = cfg.model, cfg.train
+    sizes = weight_bytes(m, cfg.mesh)
+    optimizer = state_bytes(cfg.opt, m, cfg.mesh, t.steps)
+    total, blocks = sum(sizes.values()), sum(b for p, b in sizes.items() if p.startswith("blocks/"))
+    rows = cfg.data.batch // (t.microbatches * cfg.mesh.data * cfg.mesh.fsdp)
+    L, width = cfg.data.seq_len, item_bytes(m, platform)
+    tokens, applied = rows * L, m.layers * m.loop.count
+    one = layer_bytes(m, L, width, platform, m.remat)
+    whole = layer_bytes(m, L, width, platform, "none")
+    kept = one - m.dim * m.mhc.streams * width if m.remat == "dots" else 0  # not made a second time
+    streams = STREAMS * m.mhc.streams * m.dim * width if m.mhc.streams > 1 else 0
+    saved = tokens * one * applied
+    work = tokens * (whole - kept + streams) + gathered(m, cfg.mesh, sizes)
+    logits = LOGITS * 4 * padded_vocab(m) // cfg.mesh.tensor * chunk_tokens(cfg, rows)
+    depth = m.mtp.depth
+    saved += tokens * depth * one
+    casts = (0 if width == 4 else width) * 2 * padded_vocab(m) * m.dim // cfg.mesh.tensor // cfg.mesh.fsdp
+    head = 2 * 4 * padded_vocab(m) * m.dim // (cfg.mesh.tensor * cfg.mesh.fsdp)
+    mask = rows * L * L * (1 + width) if platform != "cpu" else 0
+    edges = tokens * m.dim * width * (EDGES + depth * 2) + head + casts + mask
+    accumulated = (total if t.microbatches > 1 else 0) + (m.loop.count - 1) * blocks
+    carried = total if t.microbatches > 1 else 0
+    phases = {
+        "backward": total + accumulated + saved + work + edges,
+        "loss": carried + saved + logits + edges,
+        "optimizer": 2 * total + LEAVES * max(sizes.values()),
+    }
+    batch = BATCH_FIELDS * 4 * cfg.data.batch * L // (cfg.mesh.data * cfg.mesh.fsdp)
+    return Memory(total, optimizer, batch, total, saved, work, logits, edges, accumulated, phases)
+
+
+def item_bytes(m: ModelConfig, platform: str) -> int:
+    """Bytes of an activation."""
+    name = m.dtype if m.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16")
+    return jnp.dtype(name).itemsize
+
+
+def layer_bytes(m: ModelConfig, length: int, width: int, platform: str, remat: str) -> int:
+    """Bytes per token that one layer saves for its backward pass.
+
+    Tensors of `width` bytes: the layer's input; under "dots" also the products of its matrices; under
+    "none" the inputs and outputs of every operation, and on CPU attention's shares (on GPU the fused
+    kernel keeps one number per head instead).
+    """
+    D, F, HK, GK = m.dim, m.mlp_dim, m.heads * m.head_dim, m.kv_heads * m.head_dim
+    if remat == "block":
+        return D * m.mhc.streams * width
+    gated = MLPS[m.mlp][1]
+    if remat == "dots":
+        return width * (D * m.mhc.streams + HK + 2 * GK + D + (2 if gated else 1) * F)
+    if platform == "cpu":
+        blocks = max(1, length // QUERY_BLOCK)
+        shares = (
+            m.heads * (QUERY_BLOCK * (blocks + 1) / 2 + 2) if length % QUERY_BLOCK == 0 else m.heads * length
+        )
+        heads = 4 * HK
+    else:
+        shares, heads = m.heads * 4 / width, 2 * HK + 2 * GK
+    inner = (6 if gated else 2.25) * F
+    extra = HK if m.qk_norm != "none" else 0
+    stream = (6 if m.norm == "weighted" else 4) * D + HK + 2 * (m.mhc.streams - 1) * D
+    return round(width * (stream + heads + extra + shares + inner) + 16)
+
+
+def chunk_tokens(cfg: Config, rows: int) -> int:
+    """Tokens of one device whose logits exist at once, as losses cuts them."""
+    size = max(1, min(cfg.data.seq_len, cfg.train.loss_chunk // (cfg.data.batch // cfg.train.microbatches)))
+    while cfg.data.seq_len % size:
+        size -= 1
+    return size * rows
+
+
+def gathered(m: ModelConfig, mesh: MeshConfig, sizes: Mapping[str, int]) -> int:
+    """Bytes of one layer's weights that fsdp gathers, and of their gradient before it is scattered."""
+    blocks = sum(b for p, b in sizes.items() if p.startswith("blocks/"))
+    return 2 * blocks // m.layers * mesh.fsdp if mesh.fsdp > 1 else 0
+
+
+def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
+    """A mesh of no devices."""
+    shape = tuple(getattr(mesh, axis) for axis in parallel.AXES)
+    return AbstractMesh(shape, parallel.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@functools.cache
+def weight_bytes(m: ModelConfig, mesh: MeshConfig) -> dict[str, int]:
+    """float32 bytes of every weight on each device, by path."""
+    specs, on = transformer.param_specs(m), abstract_mesh(mesh)
+    layouts = params_lib.flatten(parallel.param_shardings(specs, on))  # type: ignore[arg-type]
+    flat = params_lib.flatten(specs)
+    return {path: 4 * math.prod(layouts[path].shard_shape(spec.shape)) for path, spec in flat.items()}
+
+
+@functools.cache
+def state_bytes(opt: OptConfig, m: ModelConfig, mesh: MeshConfig, steps: int) -> int:
+    """Bytes of the optimizer's state and the step counter on each device, counted leaf by leaf."""
+    specs = transformer.param_specs(m)
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
+    tx, _ = optim.build(opt, steps)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), {}, jax.eval_shape(tx.init, params))  # type: ignore[arg-type]
+    layout = parallel.state_shardings(state, specs, abstract_mesh(mesh))  # type: ignore[arg-type]
+    places = params_lib.flatten(layout)
+    return sum(
+        math.prod(places[path].shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for path, leaf in params_lib.flatten(state).items()
+    )
+
+
+def counts(m: ModelConfig) -> dict[str, int]:
+    """Parameters: unique, unrolled (blocks counted once per loop), and in tables."""
+    specs: Any = transformer.param_specs(m)
+    unique = params_lib.count(specs)
+    blocks = params_lib.count(specs, r"^blocks/")
+    tables = params_lib.count(specs, r"^(value/)?embed$|^head$")
+    return {"unique": unique, "unrolled": unique + (m.loop.count - 1) * blocks, "tables": tables}

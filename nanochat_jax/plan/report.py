@@ -1,0 +1,101 @@
+"""The plan of a run as a record, and as text for people."""
+
+import dataclasses
+from typing import Any
+
+from nanochat_jax.config import Config
+from nanochat_jax.plan import fit, memory, speed
+from nanochat_jax.plan.devices import DEVICES, GIB, USABLE
+from nanochat_jax.telemetry.console import si
+from nanochat_jax.types import Batch
+
+# Speeds once published for the three machines, tokens/s (the kind of the config's name -> figure).
+PUBLISHED = {"config_a": 20_000, "config_b": 24_000, "config_c": 18_000}
+CARDS = {"config_a": "rtxpro6000", "config_b": "rtx4090", "config_c": "rtx4090"}
+
+
+def plan(cfg: Config, device: str, fit_text: str = "", compiled: bool = False) -> dict[str, Any]:
+    """Everything that can be said before a run. JSON-able.
+
+    Args: device: a name in DEVICES. fit_text: memory of each device to fit, such as 24GiB; "" = the device's.
+    compiled: also compile the step, for XLA's own figures.
+    Raises: ConfigError for a bad size; ValueError if a weight does not divide over the mesh.
+    """
+    card = DEVICES[device]
+    platform = "cpu" if device == "cpu" else "gpu"
+    limit = fit.parse_bytes(fit_text) if fit_text else round(USABLE * card.memory)
+    predicted = memory.predict(cfg, platform)
+    change = fit.smallest_change(cfg, limit, card, platform)
+    record: dict[str, Any] = {
+        "config": cfg.name, "device": device, "devices": cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor,
+        "parameters": memory.counts(cfg.model), "loops": cfg.model.loop.count,
+        "memory": dataclasses.asdict(predicted) | {"peak": predicted.peak, "temporary": predicted.temporary},
+        "speed": dataclasses.asdict(speed.predict(cfg, card)),
+        "limit": limit, "fits": predicted.peak <= limit, "change": change,
+        "sentence": fit.sentence(change) + ("" if change is not None else fit.more_devices(cfg, limit, platform)),
+    }  # fmt: skip
+    published = next((name for name in PUBLISHED if cfg.name.startswith(name)), None)
+    if published and device == CARDS[published]:
+        record["published_tokens_per_second"] = PUBLISHED[published]
+    if compiled:
+        record["xla"] = compile_step(cfg)
+    return record
+
+
+def compile_step(cfg: Config) -> dict[str, int]:
+    """XLA's memory analysis of the compiled step on one device, with abstract arrays: nothing is allocated."""
+    import jax
+    import numpy as np
+
+    from nanochat_jax.train import program
+
+    parts = program.Parts(cfg)
+    rows = jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), np.int32)
+    batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, np.float32), rows, rows)  # type: ignore[arg-type]
+    analysis = parts.step.lower(parts.target, batch).compile().memory_analysis()
+    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    return {"arguments": arguments, "temporary": temporary, "peak": arguments + temporary}
+
+
+def text(record: dict[str, Any]) -> str:
+    """The plan for people."""
+    p, m, s = record["parameters"], record["memory"], record["speed"]
+    lines = [
+        f"{record['config']} on {record['devices']} x {record['device']}",
+        f"parameters   {si(p['unique'])} unique, {si(p['unrolled'])} unrolled ({record['loops']} loops: compute "
+        f"like that many, stored once), of which {si(p['tables'])} in tables",
+        "memory of each device, GiB:",
+    ]
+    notes = {
+        "parameters": "float32, exact", "optimizer": "exact", "batch": "exact", "gradients": "float32, exact",
+        "accumulated": "gradients of microbatches and further loops", "activations": "saved for the backward pass",
+        "layer": "one layer's backward", "logits": "of one chunk", "edges": "embedding, hidden states, head, masks",
+    }  # fmt: skip
+    lines += [f"  {name:<12} {m[name] / GIB:8.2f}  {note}" for name, note in notes.items()]
+    phase = max(m["phases"], key=m["phases"].get)
+    lines += [
+        f"  {'temporary':<12} {m['temporary'] / GIB:8.2f}  at the fullest moment: {phase}",
+        f"  {'peak':<12} {m['peak'] / GIB:8.2f}  of {record['limit'] / GIB:.2f}: {record['sentence']}",
+    ]
+    if xla := record.get("xla"):
+        off = m["peak"] / xla["peak"] - 1
+        lines.append(
+            f"  XLA          {xla['peak'] / GIB:8.2f}  arguments {xla['arguments'] / GIB:.2f}, temporary "
+            f"{xla['temporary'] / GIB:.2f}; the prediction is off by {off:+.1%}"
+        )
+    lines += [
+        f"work         {si(s['flops_per_token'])} FLOPs per token, {si(s['tokens_per_step'])} tokens per step",
+        f"speed        {si(s['tokens_per_second'])} tokens/s expected, {s['mfu']:.0%} MFU, "
+        f"{s['seconds_per_step']:.2f} s per step (roofline at {speed.EFFICIENCY:.0%} of the peak, unmeasured)",
+        f"ceiling      {si(s['ceiling'])} tokens/s at 100 % of the peak",
+        f"run          {s['hours']:,.0f} hours, {s['kilowatt_hours']:,.0f} kWh of the accelerators",
+    ]
+    if goal := record.get("published_tokens_per_second"):
+        share = goal / s["ceiling"]
+        weights = share * 6 * p["unrolled"] / s["flops_per_token"]
+        verdict = "impossible" if share > 1 else "possible"
+        lines.append(
+            f"published    {si(goal)} tokens/s = {weights:.0%} of this peak by 6N (unrolled), {share:.0%} with "
+            f"attention: {verdict}"
+        )
+    return "\n".join(lines)
