@@ -124,7 +124,8 @@ def refuse(cfg: Config, limit: int | None) -> None:
         return
     change = smallest_change(cfg, limit, DEVICES["h100"])
     raise ConfigError(
-        f"this run needs about {peak / GIB:.1f} GiB on each device, which has {limit / GIB:.1f} GiB; "
+        f"this run needs about {peak / GIB:.1f} GiB on each device, of which jax may use {limit / GIB:.1f} GiB "
+        f"(XLA_PYTHON_CLIENT_MEM_FRACTION sets the share); "
         f"{sentence(change)}{'' if change else more_devices(cfg, limit)} "
         "(python -m nanochat_jax.plan shows the parts)"
     )
