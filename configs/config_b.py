@@ -2,7 +2,7 @@
 
 Argument: "loop" (default) or "dense", e.g. --config=configs/config_b.py:dense
     loop   dim 1536, 20 layers run 4 times: 0.91 B weights, the compute of 3.17 B unrolled (once "3B").
-    dense  2.97 B weights in one loop, split over both cards.
+    dense  2.97 B weights in one loop, split over both cards: on the edge of fitting, see experiments/plan.
 Published: 4 sequences x 8 microbatches, two per card, which fit when the cards share the weights (fsdp)
 instead of both holding all of them. Rates, schedule and clip are the published ones; what
 is common to the three machines comes from config_a.py. Entropy of loop exits (0.08) is not set here.

@@ -9,7 +9,7 @@ is alive besides them at the fullest moment, the largest of three:
     optimizer   gradients + updates + LEAVES copies of the largest leaf
 
 The counts of saved tensors are those of jax's own partial evaluation of one layer (test_memory reads them
-off the traced program) for layers that run in a scan, as on GPU or with model.unroll = 1; LOGITS, LEAVES, EDGES and STREAMS are fitted to XLA's memory analysis, see
+off the traced program) for layers that run in a scan, as on GPU or with model.unroll = 1; LOGITS, LEAVES, EDGES, STREAMS and FP4 are fitted to XLA's memory analysis, see
 experiments/plan. Each loop has gradients of its own because XLA adds them all at the end, in one fusion.
 """
 
@@ -35,6 +35,7 @@ LOGITS = 4  # float32 copies of a chunk's logits: product, capped, softmax, grad
 LEAVES = 3  # float32 copies of the largest leaf while it is updated
 EDGES = 2  # activations [B, L, D] besides the layers': embedding, hidden states
 STREAMS = 9  # copies of the residual streams during one layer's backward
+FP4 = 4  # float32 copies of the widest product's operands: emulated codes, rotations, random bits
 BATCH_FIELDS = 5  # int32 or float32 [B, L] of a Batch
 
 
@@ -84,13 +85,15 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
     whole = layer_bytes(m, L, width, platform, "none")
     kept = one - m.dim * m.mhc.streams * width if m.remat == "dots" else 0  # not made a second time
     streams = STREAMS * m.mhc.streams * m.dim * width if m.mhc.streams > 1 else 0
+    emulated = FP4 * 4 * (m.dim + (2 if MLPS[m.mlp][1] else 1) * m.mlp_dim) if "fp4" in m.quant else 0
     saved = tokens * one * applied
-    work = tokens * (whole - kept + streams) + gathered(m, cfg.mesh, sizes)
+    work = tokens * (whole - kept + streams + emulated) + gathered(m, cfg.mesh, sizes)
     logits = LOGITS * 4 * padded_vocab(m) // cfg.mesh.tensor * chunk_tokens(cfg, rows)
     depth = m.mtp.depth
     saved += tokens * depth * one
-    casts = (0 if width == 4 else width) * 2 * padded_vocab(m) * m.dim // cfg.mesh.tensor // cfg.mesh.fsdp
-    head = 2 * 4 * padded_vocab(m) * m.dim // (cfg.mesh.tensor * cfg.mesh.fsdp)
+    # Each device adds up the whole head's gradient before it is scattered, and gathers whole tables.
+    table = padded_vocab(m) * m.dim // cfg.mesh.tensor
+    head, casts = 2 * 4 * table, 2 * width * table if width < 4 or cfg.mesh.fsdp > 1 else 0
     mask = rows * L * L * (1 + width) if platform != "cpu" else 0
     edges = tokens * m.dim * width * (EDGES + depth * 2) + head + casts + mask
     accumulated = (total if t.microbatches > 1 else 0) + (m.loop.count - 1) * blocks
