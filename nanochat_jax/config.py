@@ -29,10 +29,14 @@ from nanochat_jax.validation import validate as validate
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """LoopLM (arXiv:2510.25741): the whole stack of layers is applied `count` times."""
+    """LoopLM (arXiv:2510.25741): the stack of `model.layers` layers is applied `count` times."""
 
     count: int = 1  # 1 = an ordinary transformer
     norm: bool = False  # RMS-normalize the stream after every loop but the last
+    before: int = 0  # further layers, with weights of their own, before the loops
+    after: int = 0  # and after them
+    inject: str = "none"  # add = what entered the first loop is added to the stream before every other one
+    gate: str = "none"  # learned exit: none | shared (one bias, halving) | per_loop (a bias each, uniform)
 
 
 @dataclass(frozen=True)
@@ -288,6 +292,7 @@ class InferConfig:
     temperature: float = 0.8  # 0 = greedy
     top_k: int = 50  # 0 = all
     top_p: float = 1.0
+    exit_quantile: float = 1.0  # a token leaves the loops at this share of its exit distribution; 1 = never
     capacity: int = 1024  # slots of the key/value cache: prompt and answer together
 
 

@@ -13,6 +13,13 @@ per offset; what grows with depth is of the size of the hidden states. Its term 
 
     sum_i decay^(i-1) L_i,    L_i = mean nll of offset i over its own valid targets, i = 1..depth.
 
+A looped model with an exit gate (model/loop.py) predicts after every loop r. Its loss weights each
+prediction of a token by the probability p_r of leaving there, and p learns from it:
+
+    exit  sum_r p_r nll_r       exit_entropy  H(p), a bonus      gate  the second stage, for the gate alone
+
+It replaces next_token, whose metric stays the plain cross-entropy after the last loop.
+
 Sums, not means: the train step scales `batch.weights` to sum to 1 over the whole global batch, so
 that microbatches and shards add up to exactly the large batch.
 """
@@ -24,19 +31,23 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.model import collider, mtp, transformer
+from nanochat_jax.model import collider, loop, mtp, transformer
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Batch, Key, Metrics, Params
 
 # term -> per-token statistic of the logits it sums, and its sign in the loss; "future" is the nll of
-# tokens beyond the next one, which has logits of its own
+# tokens beyond the next one, which has logits of its own; the last three are of the exit gate
 TERMS: dict[str, tuple[str, float]] = {
     "next_token": ("nll", 1.0),
     "z": ("z", 1.0),  # arXiv:2204.02311: keeps log-partition near 0
     "logit_entropy": ("entropy", -1.0),  # a bonus: minimizing it raises the entropy
     "mtp": ("future", 1.0),  # arXiv:2404.19737, arXiv:2412.19437
+    "exit": ("exit", 1.0),  # arXiv:2510.25741
+    "exit_entropy": ("exit_entropy", -1.0),  # the same; weights of 0.05 to 0.1
+    "gate": ("gate", 1.0),  # its second stage
 }
 STATISTICS: tuple[str, ...] = ("nll", "z", "entropy")
+EXITS: tuple[str, ...] = ("exit", "exit_entropy", "gate")
 
 LossFn = Callable[[Params, Batch, Key], tuple[jax.Array, Metrics]]
 
@@ -50,33 +61,49 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
     batch.future (computed from this batch if it is None, see `make_prepare`); its metrics are nats per
     token: "loss/mtp_<i>" of each offset, and their mean weighted by decay^(i-1) as "loss/mtp".
     With model.filter the loss is that of the kept tokens (model/collider.py); the metrics of terms stay
-    sums over all tokens, and those of `collider.metrics` join them.
-    Raises: ValueError for the term "mtp" at depth 0.
+    sums over all tokens, and those of `collider.metrics` join them. With the terms of the exit gate there
+    are also "loss/loop_<r>", the plain nll after each loop, and `loop.metrics`. The term "gate" lets
+    nothing but the gate learn.
+    Raises: ValueError for the term "mtp" at depth 0, for those of the gate without one, and for those of
+    the gate with model.filter.
     """
     project = projections.from_config(cfg)
-    coefficients = dict.fromkeys((*STATISTICS, "future"), 0.0)
+    coefficients = dict.fromkeys((*STATISTICS, "future", *EXITS), 0.0)
     for name, weight in terms:
         statistic, sign = TERMS[name]
         coefficients[statistic] += sign * weight
     future = coefficients.pop("future")
     if future and not cfg.mtp.depth:
         raise ValueError("the loss term 'mtp' needs model.mtp.depth of at least 1")
+    exits = {name: coefficients.pop(name) for name in EXITS}
+    if any(exits.values()) and cfg.loop.gate == "none":
+        raise ValueError(
+            "the loss terms 'exit', 'exit_entropy' and 'gate' need an exit gate, model.loop.gate"
+        )
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         drawing = project.keyed(key)
+        if exits["gate"]:
+            params = _only_gate(params)
         over, rider = functools.partial(token_loss, cfg, chunk, tuple(coefficients.items())), None
         if cfg.filter.keep < 1:
             B, L = batch.tokens.shape
             rider = collider.passenger(B, collider.kept_count(cfg.filter, L))
-        output = transformer.forward(cfg, drawing, params, batch, passenger=rider)
+        output = transformer.forward(
+            cfg, drawing, params, batch, each_loop=any(exits.values()), passenger=rider
+        )
         head = transformer.head(cfg, params)
-        if rider is None:
-            total, sums = over(output.hidden, head, batch.targets, batch.weights)  # type: ignore[misc]
-            filtered = {}
-        else:
-            total, sums, filtered = _filtered_loss(cfg, chunk, over, output, head, batch, key)
-        metrics = {f"loss/{name}": sums[TERMS[name][0]] for name, _ in terms if TERMS[name][0] in sums}
-        metrics |= {"loss/next_token": sums["nll"], "loss/entropy": sums["entropy"]}
+        total, metrics, filtered = jnp.zeros((), jnp.float32), {}, {}
+        if any(exits.values()):
+            total, metrics = _exit_loss(cfg, chunk, exits, params, output, batch)
+        if any(coefficients.values()) or not any(exits.values()):
+            if rider is None:
+                main, sums = over(output.hidden, head, batch.targets, batch.weights)  # type: ignore[misc]
+            else:
+                main, sums, filtered = _filtered_loss(cfg, chunk, over, output, head, batch, key)
+            total = main if not metrics else total + main
+            metrics |= {f"loss/{name}": sums[TERMS[name][0]] for name, _ in terms if TERMS[name][0] in sums}
+            metrics |= {"loss/next_token": sums["nll"], "loss/entropy": sums["entropy"]}
         if future:
             more, means = _future_loss(cfg, drawing, chunk, future, params, output.hidden, batch)
             total, metrics = total + more, metrics | means
@@ -129,13 +156,49 @@ def _future_loss(cfg, project, chunk, coefficient, params, hidden_BLD, batch):
     return total, metrics | {"loss/mtp": jnp.sum(sums["nll"]) / jnp.sum(shares_M)}
 
 
-def make_token_nll(cfg: ModelConfig, chunk: int = 512) -> Callable[[Params, Batch], jax.Array]:
-    """Build nll_fn(params, batch) -> float32 [B, L], the plain cross-entropy in nats per target."""
+def _only_gate(params: Params) -> Params:
+    """The same values, of which only the exit gate's learn."""
+    frozen = jax.lax.stop_gradient(params)
+    return frozen | {"loop": frozen["loop"] | {"gate": params["loop"]["gate"]}}
+
+
+def _exit_loss(cfg, chunk, coefficients, params, output, batch):
+    """The terms of the exit gate, weighted, and their metrics."""
+    log_p_RBL = loop.exit_log_probs(output.exits)
+    weights_RBL = batch.weights[None] * jnp.exp(log_p_RBL)
+    targets_RBL = jnp.broadcast_to(batch.targets, weights_RBL.shape)
+    expected, each = weighted_nll(  # type: ignore[misc]
+        cfg, chunk, output.loops, transformer.head(cfg, params), targets_RBL, weights_RBL
+    )
+    spread = jnp.sum(batch.weights * loop.entropy(log_p_RBL))
+    total = coefficients["exit"] * expected + coefficients["exit_entropy"] * spread
+    sums_R = jnp.sum(batch.weights[None] * each["nll"], (1, 2))
+    metrics = {f"loss/loop_{r + 1}": sums_R[r] for r in range(cfg.loop.count)}
+    metrics |= {"loss/next_token": sums_R[-1], "loss/entropy": jnp.sum(batch.weights * each["entropy"][-1])}
+    metrics |= {"loss/exit": expected, "loss/exit_entropy": spread}
+    if coefficients["gate"]:
+        second = jnp.sum(batch.weights * loop.stage_two(output.exits, each["nll"]))
+        total, metrics = total + coefficients["gate"] * second, metrics | {"loss/gate": second}
+    return total, metrics | loop.metrics(log_p_RBL, batch.weights)
+
+
+def make_token_nll(
+    cfg: ModelConfig, chunk: int = 512, each_loop: bool = False
+) -> Callable[[Params, Batch], jax.Array]:
+    """Build nll_fn(params, batch) -> float32 [B, L], the plain cross-entropy in nats per target.
+
+    each_loop: float32 [R, B, L] instead, after each number of loops; the last is the former.
+    """
     project = projections.from_config(cfg)
 
     def nll_fn(params: Params, batch: Batch) -> jax.Array:
-        hidden = transformer.forward(cfg, project, params, batch).hidden
-        return _token_statistics(cfg, chunk, hidden, transformer.head(cfg, params), batch.targets)["nll"]
+        output = transformer.forward(cfg, project, params, batch, each_loop=each_loop)
+        head = transformer.head(cfg, params)
+
+        def of(hidden_BLD):
+            return _token_statistics(cfg, chunk, hidden_BLD, head, batch.targets)["nll"]
+
+        return jax.lax.map(of, output.loops) if each_loop else of(output.hidden)
 
     return nll_fn
 
@@ -197,25 +260,50 @@ def _statistics(cfg, z, targets):
     return {"nll": lse - at_target, "z": lse**2, "entropy": entropy, "lse": lse, "p": p}
 
 
-def _total(cfg, chunk, coefficients, hidden, head, targets, weights, grads):
-    """((total, sums), (d_hidden, d_head)), with or without the leading axis M."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def weighted_nll(
+    cfg: ModelConfig,
+    chunk: int,
+    hidden_RBLD: jax.Array,
+    head_DV: jax.Array,
+    targets_RBL: jax.Array,
+    weights_RBL: jax.Array,
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """sum of weights * nll, in chunks of the sequence, where the weights learn as well.
+
+    Returns: (float32 scalar, {"nll", "entropy": float32 [R, B, L]}); the dict carries no gradient.
+    """
+    return _weighted(cfg, chunk, hidden_RBLD, head_DV, targets_RBL, weights_RBL, grads=False)[0]
+
+
+def _weighted(cfg, chunk, hidden, head, targets, weights, grads):
+    only = (("nll", 1.0), ("z", 0.0), ("entropy", 0.0))
+    (total, _), gradients, each = _total(
+        cfg, chunk, only, hidden, head, targets, weights, grads, ("nll", "entropy")
+    )
+    return (total, each), gradients
+
+
+def _total(cfg, chunk, coefficients, hidden, head, targets, weights, grads, keep=()):
+    """((total, sums), (d_hidden, d_head), kept statistics), with or without the leading axis M."""
     weight_of = dict(coefficients)
     d_head = jnp.zeros(head.shape, jnp.float32) if grads else None
 
     def walk(d_head, piece):
         h, target, weight = piece
-        sums, d_hidden, d_head = _scan(cfg, chunk, weight_of, h, head, target, weight, d_head)
-        return d_head, (sums, d_hidden)
+        sums, d_hidden, d_head, kept = _scan(cfg, chunk, weight_of, h, head, target, weight, d_head, keep)
+        return d_head, (sums, d_hidden, kept)
 
     pieces = (hidden, targets, weights)
     over = walk if hidden.ndim == 3 else lambda start, stacks: jax.lax.scan(walk, start, stacks)
-    d_head, (sums, d_hidden) = over(d_head, pieces)
+    d_head, (sums, d_hidden, kept) = over(d_head, pieces)
     total = sum((weight_of[name] * jnp.sum(sums[name]) for name in STATISTICS), jnp.zeros((), jnp.float32))
-    return (total, sums), (d_hidden, d_head)
+    return (total, sums), (d_hidden, d_head), kept
 
 
-def _scan(cfg, chunk, weight_of, hidden, head, targets, weights, d_head):
-    """Sums of the statistics of one [B, L]; and the gradients, unless d_head, to which it adds, is None."""
+def _scan(cfg, chunk, weight_of, hidden, head, targets, weights, d_head, keep):
+    """Sums of the statistics of one [B, L]; the gradients, unless d_head, to which it adds, is None; and
+    the statistics to keep, per token."""
     grads, zero = d_head is not None, jnp.zeros((), jnp.float32)
 
     def step(carry, piece):
@@ -224,8 +312,9 @@ def _scan(cfg, chunk, weight_of, hidden, head, targets, weights, d_head):
         capped, z = _logits(cfg, h, head)
         s = _statistics(cfg, z, target)
         sums = {name: sums[name] + jnp.sum(weight * s[name]) for name in STATISTICS}
+        kept = {name: s[name] for name in keep}
         if not grads:
-            return (sums, d_head), None
+            return (sums, d_head), (None, kept)
         dz = _logit_gradient(weight_of, s, z, target) * weight[..., None]
         if cfg.softcap:
             dz = dz * (1 - jnp.square(capped / cfg.softcap))
@@ -233,13 +322,14 @@ def _scan(cfg, chunk, weight_of, hidden, head, targets, weights, d_head):
         d_hidden = jnp.matmul(dz, head.astype(h.dtype).T)
         flat_h, flat_dz = h.reshape(-1, h.shape[-1]), dz.reshape(-1, dz.shape[-1])
         d_head = d_head + jnp.matmul(flat_h.T, flat_dz, preferred_element_type=jnp.float32)
-        return (sums, d_head), d_hidden
+        return (sums, d_head), (d_hidden, kept)
 
     start = (dict.fromkeys(STATISTICS, zero), d_head)
-    (sums, d_head), d_hidden = jax.lax.scan(step, start, _chunks(chunk, hidden, targets, weights))
+    (sums, d_head), (d_hidden, kept) = jax.lax.scan(step, start, _chunks(chunk, hidden, targets, weights))
     if grads:
         d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
-    return sums, d_hidden, d_head
+    kept = {name: jnp.moveaxis(a, 0, 1).reshape(targets.shape) for name, a in kept.items()}
+    return sums, d_hidden, d_head, kept
 
 
 def _logit_gradient(weight_of, s, z, target):
@@ -253,7 +343,7 @@ def _logit_gradient(weight_of, s, z, target):
 
 
 def _token_loss_forward(cfg, chunk, coefficients, hidden, head, targets, weights):
-    out, (d_hidden, d_head) = _total(cfg, chunk, coefficients, hidden, head, targets, weights, grads=True)
+    out, (d_hidden, d_head), _ = _total(cfg, chunk, coefficients, hidden, head, targets, weights, grads=True)
     assert d_head is not None
     return out, (d_hidden, d_head.astype(head.dtype), targets, weights)
 
@@ -266,3 +356,19 @@ def _token_loss_backward(cfg, chunk, coefficients, residuals, cotangents):
 
 
 token_loss.defvjp(_token_loss_forward, _token_loss_backward)
+
+
+def _weighted_nll_forward(cfg, chunk, hidden, head, targets, weights):
+    out, (d_hidden, d_head) = _weighted(cfg, chunk, hidden, head, targets, weights, grads=True)
+    assert d_head is not None
+    return out, (d_hidden, d_head.astype(head.dtype), targets, out[1]["nll"])
+
+
+def _weighted_nll_backward(cfg, chunk, residuals, cotangents):
+    d_hidden, d_head, targets, nll = residuals
+    g = cotangents[0]
+    no_gradient = jnp.zeros(targets.shape, jax.dtypes.float0)
+    return g.astype(d_hidden.dtype) * d_hidden, g * d_head, no_gradient, g * nll
+
+
+weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)

@@ -45,11 +45,16 @@ class TrainState:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of earlier tokens. R loops, N layers, B rows, T slots, G heads, K width."""
+    """Keys and values of earlier tokens. R loops, N layers, B rows, T slots, G heads, K width.
+
+    Every loop has its own: the same layer sees other inputs in another loop.
+    """
 
     k: jax.Array  # [R, N, B, T, G, K]
     v: jax.Array  # [R, N, B, T, G, K]
     length: jax.Array  # int32 [B]: slots in use per row
+    # of the layers outside the loops: "before" and "after", where there are any, (k, v) [n, B, T, G, K]
+    outside: dict[str, tuple[jax.Array, jax.Array]] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -59,4 +64,10 @@ class Output:
     hidden: jax.Array  # [B, L, D], after the last norm, before the head
     cache: KVCache | None
     aux: Metrics
+    # [R, B, L, D], hidden as it would be after r = 1..R loops; only if asked for
+    loops: jax.Array | None = None
+    # float32 [R, B, L], logits of the exit gate after each loop (model.loop); with `loops`, if there is a gate
+    exits: jax.Array | None = None
+    # int32 [B], loops that each row's token ran through; only where tokens may exit
+    depth: jax.Array | None = None
     ridden: jax.Array | None = None  # the passenger after the last layer, see model/collider.py

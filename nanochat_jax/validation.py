@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DataConfig,
         FilterConfig,
         GroupConfig,
+        LoopConfig,
         MhcConfig,
         ModelConfig,
         MtpConfig,
@@ -39,6 +40,7 @@ QUANT_PRESETS = (
     "fp8", "fp4_rows", "fp8_nvfp4",
 )  # fmt: skip
 GROUPS = ("matrix", "embed", "head", "scalar")
+LOSS_TERMS = ("next_token", "z", "logit_entropy", "mtp", "exit", "exit_entropy", "gate")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -90,9 +92,7 @@ def _validate_model(m: ModelConfig) -> None:
             raise ConfigError(f"'model.{key}' must be positive, got {getattr(m, key)}")
     for key in ("softcap", "value_embed_every", "quant_group", "unroll"):
         _at_least(f"model.{key}", getattr(m, key), 0)
-    _at_least("model.loop.count", m.loop.count, 1)
-    if m.loop.norm and m.loop.count == 1:
-        raise ConfigError("'model.loop.norm' has no effect because model.loop.count is 1")
+    _validate_loop(m.loop)
     _validate_mtp(m.mtp)
     _validate_filter(m.filter, m)
     if m.qk_gain != 1.0 and m.qk_norm == "none":
@@ -113,6 +113,16 @@ def _validate_model(m: ModelConfig) -> None:
                 f"'model.unroll' = {m.unroll} must be a multiple of {period}, the period of "
                 "model.window and model.value_embed_every, or 0"
             )
+
+
+def _validate_loop(c: LoopConfig) -> None:
+    _at_least("model.loop.count", c.count, 1)
+    _at_least("model.loop.before", c.before, 0)
+    _at_least("model.loop.after", c.after, 0)
+    _choice("model.loop.inject", c.inject, ("none", "add"))
+    _choice("model.loop.gate", c.gate, ("none", "shared", "per_loop"))
+    if c.count == 1:
+        _unused("model.loop", c, "model.loop.count is 1", ("norm", "inject", "gate"))
 
 
 def _validate_mhc(c: MhcConfig) -> None:
@@ -243,7 +253,7 @@ def _validate_loss(c: Config) -> None:
     if not any(weight for _, weight in loss):
         raise ConfigError(f"'train.loss' needs a term with a weight, got {loss!r}")
     for name, _ in loss:
-        _choice("train.loss", name, ("next_token", "z", "logit_entropy", "mtp"))
+        _choice("train.loss", name, LOSS_TERMS)
     weight = sum(weight for name, weight in loss if name == "mtp")
     if depth == 0 and any(name == "mtp" for name, _ in loss):
         raise ConfigError("'train.loss' has the term 'mtp', which needs model.mtp.depth of at least 1")
@@ -254,6 +264,30 @@ def _validate_loss(c: Config) -> None:
         )
     if depth >= c.data.seq_len:
         raise ConfigError(f"'model.mtp.depth' = {depth} must be less than 'data.seq_len' = {c.data.seq_len}")
+    _validate_exit_loss(dict(loss), c.model.loop.gate)
+
+
+def _validate_exit_loss(loss: dict[str, float], gate: str) -> None:
+    """The exit gate and the terms that train it come together; its second stage trains nothing else."""
+    terms = [name for name in ("exit", "exit_entropy", "gate") if name in loss]
+    if gate == "none" and terms:
+        raise ConfigError(
+            f"'train.loss' has the term '{terms[0]}', which needs an exit gate in model.loop.gate"
+        )
+    if gate != "none" and loss.get("exit", 0) <= 0 and loss.get("gate", 0) <= 0:
+        raise ConfigError(
+            f"'model.loop.gate' = '{gate}' needs the term 'exit' or 'gate' in train.loss with a positive weight"
+        )
+    if "gate" in loss and len(loss) > 1:
+        raise ConfigError(
+            f"'train.loss' has the term 'gate', which freezes all other weights, and so leaves nothing to learn "
+            f"for '{next(name for name in loss if name != 'gate')}'"
+        )
+    if "gate" in loss and gate == "per_loop":
+        raise ConfigError(
+            "'train.loss' has the term 'gate', which never trains the first loop's bias of "
+            "model.loop.gate = 'per_loop'; use 'shared'"
+        )
 
 
 def layer_period(m: ModelConfig) -> int:
@@ -440,6 +474,10 @@ def _validate_run(c: Config) -> None:
     _at_least("infer.capacity", i.capacity, 2)
     if not 0 < i.top_p <= 1:
         raise ConfigError(f"'infer.top_p' must be in (0, 1], got {i.top_p}")
+    if not 0 <= i.exit_quantile <= 1:
+        raise ConfigError(f"'infer.exit_quantile' must be in [0, 1], got {i.exit_quantile}")
+    if c.model.loop.gate == "none":
+        _unused("infer", i, "model.loop.gate is 'none'", ("exit_quantile",))
 
 
 def _validate_mesh(c: Config) -> None:

@@ -35,8 +35,9 @@ def test_defaults_resolve_and_round_trip():
 TOO_SMALL = {
     "model.vocab_size": 1, "model.layers": 0, "model.heads": 0, "model.kv_heads": 0, "model.head_dim": 0,
     "model.mlp_dim": 0, "model.softcap": -0.1, "model.value_embed_every": -1, "model.quant_group": -1,
-    "model.unroll": -1, "model.loop.count": 0, "model.mhc.streams": 0, "model.mhc.iterations": 0,
-    "model.mtp.depth": -1, "model.filter.keep": 0.0, "model.filter.trim": -0.1, "model.mtp.decay": 0.0, "model.fp4.hadamard": -1,
+    "model.unroll": -1, "model.loop.count": 0, "model.loop.before": -1, "model.loop.after": -1,
+    "model.mhc.streams": 0, "model.mhc.iterations": 0, "model.mtp.depth": -1, "model.mtp.decay": 0.0,
+    "model.filter.keep": 0.0, "model.filter.trim": -0.1, "model.fp4.hadamard": -1,
     "model.fp4.outliers": -1.0, "model.fp4.estimator": 0.5, "model.window": (-1,), "model.qk_gain": 0.0,
     "model.rope_theta": 0.0, "model.embed_std": 0.0, "data.seq_len": 1, "data.batch": 0, "data.workers": -1,
     "data.prefetch": 0, "data.max_bytes": -1, "opt.matrix.steps": 0, "opt.matrix.weight_decay": -0.1,
@@ -48,7 +49,7 @@ TOO_SMALL = {
     "ckpt.every_steps": -1, "ckpt.every_minutes": -0.1, "ckpt.keep_last": 0, "ckpt.keep_every_steps": -1,
     "ckpt.min_free_gb": -0.1, "eval.every_steps": -1, "eval.batches": -1, "eval.sample_tokens": -1,
     "log.every_steps": 0, "infer.max_tokens": 0, "infer.temperature": -0.1, "infer.top_k": -1,
-    "infer.capacity": 1, "mesh.data": 0, "mesh.fsdp": 0, "mesh.tensor": 0,
+    "infer.capacity": 1, "infer.exit_quantile": -0.1, "mesh.data": 0, "mesh.fsdp": 0, "mesh.tensor": 0,
 }  # fmt: skip
 
 
@@ -248,6 +249,25 @@ def test_blocks_resolve(name):
             "'model.fp4.operands' has no effect because model.quant = 'nvfp4' has weights in codes",
         ),
         ({"model__loop": {"count": 1, "norm": True}}, "has no effect because model.loop.count is 1"),
+        ({"model__loop__inject": "add"}, "'model.loop.inject' has no effect because model.loop.count is 1"),
+        ({"model__loop__gate": "shared"}, "'model.loop.gate' has no effect because model.loop.count is 1"),
+        ({"model__loop__gate": "share"}, "Did you mean 'shared'?"),
+        ({"model__loop__inject": "ad"}, "Did you mean 'add'?"),
+        (
+            {"model__loop": {"count": 2, "gate": "shared"}},
+            "'model.loop.gate' = 'shared' needs the term 'exit' or 'gate' in train.loss",
+        ),
+        ({"train__loss": (("exit", 1.0),)}, "the term 'exit', which needs an exit gate in model.loop.gate"),
+        (
+            {"train__loss": (("gate", 1.0), ("z", 0.1)), "model__loop": {"count": 2, "gate": "shared"}},
+            "which freezes all other weights, and so leaves nothing to learn for 'z'",
+        ),
+        (
+            {"train__loss": (("gate", 1.0),), "model__loop": {"count": 2, "gate": "per_loop"}},
+            "never trains the first loop's bias of model.loop.gate = 'per_loop'",
+        ),
+        ({"infer__exit_quantile": 0.5}, "'infer.exit_quantile' has no effect because model.loop.gate is"),
+        ({"infer__exit_quantile": 1.5}, "'infer.exit_quantile' must be in [0, 1], got 1.5"),
         (
             {"model__mhc__iterations": 5},
             "'model.mhc.iterations' has no effect because model.mhc.streams is 1",
@@ -390,6 +410,8 @@ STEP = {
     "model.x0_scalars": True, "model.mhc.streams": 2, "model.mhc.form": ("permutation", {"model.mhc.streams": 2}),
     "model.mhc.iterations": (3, {"model.mhc.streams": 2}), "model.mhc.dynamic": (False, {"model.mhc.streams": 2}),
     "model.loop.count": 2, "model.loop.norm": (True, {"model.loop.count": 2}),
+    "model.loop.before": 1, "model.loop.after": 1, "model.loop.inject": ("add", {"model.loop.count": 2}),
+    "model.loop.gate": ("per_loop", {"model.loop.count": 3, "model.loop.gate": "shared", "train.loss": (("exit", 1.0),)}),
     "model.quant": "ternary", "model.quant_group": (8, {"model.quant": "ternary"}), "model.dtype": "bfloat16",
     "model.remat": "block", "model.unroll": 1, "data.seq_len": 8, "data.batch": 8, "opt.clip": 0.0,
     "opt.skip_nonfinite": 0, "train.microbatches": 2, "train.loss": (("next_token", 1.0), ("z", 0.1)),
@@ -451,6 +473,7 @@ ELSEWHERE = {
     "eval.prompt": "test_inference (command)", "eval.sample_tokens": "test_system", "log.every_steps": "test_system",
     "log.tensorboard": "test_telemetry", "infer.max_tokens": "test_inference", "infer.temperature": "test_inference",
     "infer.top_k": "test_inference", "infer.top_p": "test_inference", "infer.capacity": "test_inference",
+    "infer.exit_quantile": "test_loop",
 }  # fmt: skip
 # Newton-Schulz settings of groups that cannot be Muon are refused (test_unread_settings_are_refused).
 REFUSED = {

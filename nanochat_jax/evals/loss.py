@@ -25,18 +25,22 @@ def bits_per_byte(
     """Evaluate on all of `batches`.
 
     Args: eval_step: jitted `train.step.make_eval_step(...)`. token_bytes: int32 [V].
-    Returns: "eval/bpb" (bits), "eval/loss" (nats per token), "eval/tokens", "eval/bytes".
+    Returns: "eval/bpb" (bits), "eval/loss" (nats per token), "eval/tokens", "eval/bytes"; with several
+    loops also "eval/bpb_loop_<r>", what leaving every token after loop r would give (R: "eval/bpb").
     Raises: ValueError if there is nothing to score.
     """
     sizes = jax.numpy.asarray(token_bytes, jax.numpy.int32)
-    sums = [eval_step(params, batch, sizes) for batch in batches]  # dispatched without waiting
+    sums = jax.device_get([eval_step(params, batch, sizes) for batch in batches])  # fetched at the end
     nats, count, size = (
-        float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)]))
-        for name in ("nats", "tokens", "bytes")
+        float(np.sum([np.float64(s[name]) for s in sums])) for name in ("nats", "tokens", "bytes")
     )
     if size == 0:
         raise ValueError("no held-out token to score: raise data.val_percent or eval.batches")
-    return {
+    loops = np.sum([s["loop_nats"] for s in sums if "loop_nats" in s], axis=0, dtype=np.float64)
+    each = {
+        f"eval/bpb_loop_{r}": float(n) / math.log(2) / size for r, n in enumerate(np.atleast_1d(loops), 1)
+    }
+    return (each if np.ndim(loops) else {}) | {
         "eval/bpb": nats / math.log(2) / size,
         "eval/loss": nats / count,
         "eval/tokens": count,

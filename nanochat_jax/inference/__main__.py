@@ -13,6 +13,7 @@ FLAGS = {
     "temperature": cli.Flag(-1.0, "0 = greedy; default infer.temperature"),
     "top_k": cli.Flag(-1, "default infer.top_k"),
     "top_p": cli.Flag(-1.0, "default infer.top_p"),
+    "exit_quantile": cli.Flag(-1.0, "1 = all loops; default infer.exit_quantile"),
     "seed": cli.Flag(0, "of the draws"),
 }
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.model import transformer
+from nanochat_jax.model import loop, transformer
 from nanochat_jax.types import KVCache
 
 
@@ -13,9 +13,14 @@ def allocate(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
 
     Zeros and not garbage: masked slots still enter a product with probability 0, and 0 * NaN is NaN.
     """
-    shape = (cfg.loop.count, cfg.layers, batch, capacity, cfg.kv_heads, cfg.head_dim)
     dtype = transformer.compute_dtype(cfg)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
+
+    def pair(*layers: int) -> tuple[jax.Array, jax.Array]:
+        shape = (*layers, batch, capacity, cfg.kv_heads, cfg.head_dim)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    outside = {name: pair(own.layers) for name, own in loop.outside(cfg).items()}
+    return KVCache(*pair(cfg.loop.count, cfg.layers), jnp.zeros((batch,), jnp.int32), outside)
 
 
 def roll_back(cache: KVCache, length: jax.Array) -> KVCache:

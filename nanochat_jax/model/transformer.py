@@ -1,6 +1,7 @@
 """The transformer: its table of weights, and its forward pass as a pure function.
 
-embed -> R loops of N layers (attention, MLP) -> norm -> hidden. One loop is the ordinary model.
+embed -> layers before -> R loops of N layers (attention, MLP) -> layers after -> norm -> hidden.
+One loop, with no layers before and after, is the ordinary model (model/loop.py).
 The residual between them is one stream [B, L, D], or several [B, L, S, D] (model/mhc.py).
 Layers are stacked on a leading axis and scanned, `unroll` of them per scan step; options that
 differ by layer (window, value embeddings) repeat with a period that divides `unroll`.
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from nanochat_jax import params as P
 from nanochat_jax.config import ModelConfig, layer_period, padded_vocab, value_layers
 from nanochat_jax.kernels import attention, dispatch
-from nanochat_jax.model import block, collider, mhc, mtp
+from nanochat_jax.model import block, collider, loop, mhc, mtp
 from nanochat_jax.model.layers import MLPS, rms_norm
 from nanochat_jax.params import ParamSpec
 from nanochat_jax.quant.project import Project
@@ -25,7 +26,30 @@ from nanochat_jax.types import Batch, KVCache, Output, Params
 
 def param_specs(cfg: ModelConfig) -> dict:
     """Every weight of the model: shape, axes, initial value. Matrices are [..., d_in, d_out]."""
-    N, D, F, V = cfg.layers, cfg.dim, cfg.mlp_dim, padded_vocab(cfg)
+    D, V, GK = cfg.dim, padded_vocab(cfg), cfg.kv_heads * cfg.head_dim
+    specs: dict = {"embed": ParamSpec((V, D), ("vocab", "embed"), P.normal(cfg.embed_std))}
+    if cfg.norm == "weighted":
+        specs["norm"] = ParamSpec((D,), (None,), P.constant(1.0))
+        if cfg.embed_norm:
+            specs["embed_norm"] = ParamSpec((D,), (None,), P.constant(1.0))
+    if not cfg.tied:
+        specs["head"] = ParamSpec((D, V), ("embed", "vocab"), P.normal(0.001), matmul=True)
+    if E := len(value_layers(cfg)):
+        specs["value"] = {
+            "embed": ParamSpec((E, V, GK), (None, "vocab", None), P.uniform(D**-0.5)),
+            "gate": ParamSpec(
+                (E, block.GATE_INPUTS, cfg.kv_heads), (None, None, None), P.uniform(0.01), matmul=True
+            ),
+        }
+    specs["blocks"] = _stack_specs(cfg, cfg, cfg.loop.before)
+    first = {"before": 0, "after": cfg.loop.before + cfg.layers}
+    specs |= {name: _stack_specs(cfg, own, first[name]) for name, own in loop.outside(cfg).items()}
+    return specs | loop.param_specs(cfg) | mtp.param_specs(cfg, specs["blocks"])
+
+
+def _stack_specs(model: ModelConfig, cfg: ModelConfig, first: int) -> dict:
+    """The weights of a stack of cfg.layers layers, the first of which is the model's layer `first`."""
+    N, D, F = cfg.layers, cfg.dim, cfg.mlp_dim
     HK, GK = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
 
     def matrix(d_in: int, d_out: int, axes: tuple, std: float) -> ParamSpec:
@@ -35,7 +59,7 @@ def param_specs(cfg: ModelConfig) -> dict:
         return ParamSpec((N, width), ("layer", None), P.constant(1.0))
 
     # Output projections start smaller, so that the stream's size does not grow with depth.
-    out_scale = (2 * N * cfg.loop.count) ** -0.5
+    out_scale = (2 * loop.effective_layers(model)) ** -0.5
     attn = {
         "q": matrix(D, HK, ("embed", "heads"), D**-0.5),
         "k": matrix(D, GK, ("embed", "heads"), D**-0.5),
@@ -48,42 +72,25 @@ def param_specs(cfg: ModelConfig) -> dict:
     }
     if MLPS[cfg.mlp][1]:
         mlp["gate"] = matrix(D, F, ("embed", "ffn"), D**-0.5)
-    specs: dict = {
-        "embed": ParamSpec((V, D), ("vocab", "embed"), P.normal(cfg.embed_std)),
-        "blocks": {"attn": attn, "mlp": mlp},
-    }
+    specs: dict = {"attn": attn, "mlp": mlp}
     if cfg.mhc.streams > 1:
-        specs["blocks"]["attn"] |= {"mhc": mhc.param_specs(cfg, 0)}
-        specs["blocks"]["mlp"] |= {"mhc": mhc.param_specs(cfg, 1)}
+        attn["mhc"], mlp["mhc"] = mhc.param_specs(cfg, 0), mhc.param_specs(cfg, 1)
     if cfg.norm == "weighted":
         attn["norm"], mlp["norm"] = gain(D), gain(D)
         if cfg.sub_norm:
             attn["sub_norm"], mlp["sub_norm"] = gain(HK), gain(F)
         if cfg.qk_norm != "none":
             attn["q_norm"], attn["k_norm"] = gain(cfg.head_dim), gain(cfg.head_dim)
-        specs["norm"] = ParamSpec((D,), (None,), P.constant(1.0))
-        if cfg.embed_norm:
-            specs["embed_norm"] = ParamSpec((D,), (None,), P.constant(1.0))
-        if cfg.loop.norm:
-            specs["loop"] = {"norm": ParamSpec((D,), (None,), P.constant(1.0))}
-    if not cfg.tied:
-        specs["head"] = ParamSpec((D, V), ("embed", "vocab"), P.normal(0.001), matmul=True)
-    if E := len(value_layers(cfg)):
-        specs["value"] = {
-            "embed": ParamSpec((E, V, GK), (None, "vocab", None), P.uniform(D**-0.5)),
-            "gate": ParamSpec(
-                (E, block.GATE_INPUTS, cfg.kv_heads), (None, None, None), P.uniform(0.01), matmul=True
-            ),
-        }
-    ramp = [i / max(1, N - 1) for i in range(N)]  # both scalars shrink with depth, as in nanochat
+    depth = max(1, model.loop.before + model.layers + model.loop.after - 1)
+    ramp = [(first + i) / depth for i in range(N)]  # both scalars shrink with depth, as in nanochat
     scalars = {}
     if cfg.residual_scalars:
         scalars["residual"] = ParamSpec((N,), ("layer",), P.constant(tuple(1.15 - 0.1 * t for t in ramp)))
     if cfg.x0_scalars:
         scalars["x0"] = ParamSpec((N,), ("layer",), P.constant(tuple(0.2 - 0.15 * t for t in ramp)))
     if scalars:
-        specs["blocks"]["scale"] = scalars
-    return specs | mtp.param_specs(cfg, specs["blocks"])
+        specs["scale"] = scalars
+    return specs
 
 
 def compute_dtype(cfg: ModelConfig) -> jnp.dtype:
@@ -117,18 +124,32 @@ def mask_padding(cfg: ModelConfig, raw: jax.Array) -> jax.Array:
 
 
 def forward(
-    cfg: ModelConfig, project: Project, params: Params, batch: Batch, cache: KVCache | None = None,
+    cfg: ModelConfig,
+    project: Project,
+    params: Params,
+    batch: Batch,
+    cache: KVCache | None = None,
+    each_loop: bool = False,
+    quantile: jax.typing.ArrayLike | None = None,
     passenger: jax.Array | None = None,
-) -> Output:  # fmt: skip
+) -> Output:
     """Hidden states of packed rows, or of the next tokens of cached sequences.
 
     Args: batch: rows [B, L]; only tokens, segments and positions are read, and weights for aux.
     cache: if given, the L tokens follow the `cache.length[b]` tokens of row b, and segments are ignored.
+    each_loop: without a cache, also return what the model with r loops gives, for every r, and the
+    logits of the exit gate. quantile: with a cache and L = 1, a row leaves the loops when its exit
+    distribution reaches this share (`model.loop.leaves`); None = all loops.
     passenger: if given, the backward pass sees the kept rows only (model/collider.py).
     Returns: Output with hidden [B, L, D] in the compute dtype, the cache with the new tokens'
     keys and values written and `length` advanced by L, and without a cache aux, sums over tokens
     weighted by `batch.weights` (like the loss, so that pieces of a batch add up).
+    Raises: ValueError if each_loop or quantile is asked for where it cannot be.
     """
+    if each_loop and cache is not None:
+        raise ValueError("each_loop is for whole rows, without a cache")
+    if quantile is not None and (cache is None or batch.tokens.shape[1] != 1 or cfg.loop.gate == "none"):
+        raise ValueError("quantile needs a cache, one token per row, and an exit gate")
     dtype = compute_dtype(cfg)
     x = params["embed"].astype(dtype)[batch.tokens]
     if cfg.embed_norm:
@@ -137,22 +158,69 @@ def forward(
     run = _remat(cfg, functools.partial(block.layer, cfg, project, context, batch.tokens))
     if passenger is not None:
         run = collider.layer(cfg, project, context, batch.tokens)
-    x0, entries = x, []
+    x0, R, stacks = x, cfg.loop.count, loop.outside(cfg)
     x, watch = mhc.expand(cfg.mhc, x), mhc.watch(cfg.mhc, batch.tokens.shape) if cache is None else None
     watch = watch if passenger is None else (watch, passenger)
-    for r in range(cfg.loop.count):
-        kv = None if cache is None else (cache.k[r], cache.v[r])
-        layers = {"blocks": _numbered(cfg, project, params["blocks"], r), "value": params.get("value", {})}
-        (x, watch), written = _stack(cfg, run, (x, watch), x0, layers, kv)
-        entries.append(written)
-        if cfg.loop.norm and r + 1 < cfg.loop.count:
+
+    def stack(name: str, carry: tuple, first: int, kv: tuple | None) -> tuple:
+        """(carry, keys and values) behind a stack of layers, whose first has the number `first`."""
+        own = stacks.get(name, cfg)
+        layers = {"blocks": _numbered(own, project, params[name], first)}
+        layers["value"] = params.get("value", {}) if name == "blocks" else {}
+        return _stack(own, run, carry, x0, layers, kv)
+
+    def outside(name: str, carry: tuple, first: int) -> tuple:
+        if name not in stacks:
+            return carry, {}
+        carry, written = stack(name, carry, first, None if cache is None else cache.outside[name])
+        return carry, {name: written}
+
+    def once(r: int, carry: tuple, kv: tuple | None) -> tuple:
+        """Loop r, from 0 on."""
+        x, *rest = carry
+        if r and cfg.loop.norm:
             x = mhc.rms_norm(cfg.mhc, x, params.get("loop", {}).get("norm"), cfg.norm_eps)
+        if r and cfg.loop.inject == "add":
+            x = x + entered
+        return stack("blocks", (x, *rest), cfg.loop.before + r * cfg.layers, kv)
+
+    def finish(r: int, carry: tuple) -> tuple:
+        """What the model gives if loop r is its last: (hidden, carry, cache of the layers after)."""
+        first = cfg.loop.before + R * cfg.layers + (R - 1 - r) * cfg.loop.after
+        carry, written = outside("after", carry, first)
+        x = mhc.collapse(cfg.mhc, carry[0])
+        return rms_norm(x, params.get("norm"), cfg.norm_eps), carry, written
+
+    carry, before = outside("before", (x, watch), 0)
+    entered = carry[0]
+    entries, hidden, exits, leaving = [], [], [], None
+    for r in range(R):
+        kv = None if cache is None else (cache.k[r], cache.v[r])
+        if leaving is None or kv is None:
+            carry, written = once(r, carry, kv)
+        else:
+            carry, written = loop.unless_left(leaving, functools.partial(once, r), carry, kv, entries[-1])
+        entries.append(written)
+        if each_loop:
+            if r + 1 < R:
+                hidden.append(finish(r, carry)[0])
+            if cfg.loop.gate != "none":
+                exits.append(loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1))
+        if quantile is not None and cache is not None and r + 1 < R:
+            logit_B = loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1)[:, 0]
+            leaving = loop.leave(leaving, logit_B, quantile, cache.length)
+    last, carry, after = finish(R - 1, carry)
     if cache is not None:
         k, v = (jnp.stack([entry[i] for entry in entries]) for i in (0, 1))
-        cache = KVCache(k, v, cache.length + batch.tokens.shape[1])
+        cache = KVCache(k, v, cache.length + batch.tokens.shape[1], before | after)
+    x, watch = carry
     watch, ridden = (watch, None) if passenger is None else watch  # type: ignore[misc]
-    aux = mhc.metrics(watch, x, batch.weights)
-    return Output(rms_norm(mhc.collapse(cfg.mhc, x), params.get("norm"), cfg.norm_eps), cache, aux, ridden)
+    return Output(
+        last, cache, mhc.metrics(watch, x, batch.weights), ridden=ridden,
+        loops=jnp.stack([*hidden, last]) if each_loop else None,
+        exits=jnp.stack(exits) if exits else None,
+        depth=None if leaving is None else leaving.depth,
+    )  # fmt: skip
 
 
 def last_layer(cfg: ModelConfig, project: Project, batch: Batch) -> Callable[[jax.Array, Params], jax.Array]:
@@ -168,11 +236,11 @@ def last_layer(cfg: ModelConfig, project: Project, batch: Batch) -> Callable[[ja
     return lambda x, p: run(0, x, p)
 
 
-def _numbered(cfg: ModelConfig, project: Project, blocks: Params, loop: int) -> Params:
+def _numbered(cfg: ModelConfig, project: Project, blocks: Params, first: int) -> Params:
     """The layers' weights with their number through all loops, where random rounding asks for it."""
     if project.key is None:
         return blocks
-    return {**blocks, "number": loop * cfg.layers + jnp.arange(cfg.layers)}
+    return {**blocks, "number": first + jnp.arange(cfg.layers)}
 
 
 def _remat(cfg: ModelConfig, run):

@@ -72,7 +72,8 @@ def int8_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def select(params: Params, roles: tuple[str, ...]) -> dict[str, jax.Array]:
     """The stacked matrices of `params` that the roles name, by path."""
-    return {p: w for p, w in flatten(params).items() if any(p == f"blocks/{role}" for role in roles)}
+    wanted = {f"{stack}/{role}" for stack in ("blocks", "before", "after") for role in roles}
+    return {path: w for path, w in flatten(params).items() if path in wanted}
 
 
 def all_codes(params: Params, roles: tuple[str, ...], group: int = 0) -> dict[str, jax.Array]:

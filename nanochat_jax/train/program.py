@@ -38,7 +38,8 @@ def parameter_table(cfg: Config) -> str:
     specs = params_lib.flatten(transformer.param_specs(cfg.model))
     groups = params_lib.flatten(optim.labels(transformer.param_specs(cfg.model)))
     project = projections.from_config(cfg.model)
-    ternary = {f"{part}/{role}" for part in ("blocks", "mtp") for role in project.ternary_roles()}
+    stacks = ("blocks", "before", "after", "mtp")
+    ternary = {f"{part}/{role}" for part in stacks for role in project.ternary_roles()}
     rows = [("path", "shape", "format", "group", "count", "bytes")]
     for path, spec in specs.items():
         count = math.prod(spec.shape)
@@ -81,7 +82,7 @@ class Parts:
         self.step = jax.jit(
             step, donate_argnums=0, in_shardings=(self.layout, rows), out_shardings=(self.layout, None)
         )
-        nll = losses.make_token_nll(cfg.model, cfg.train.loss_chunk)
+        nll = losses.make_token_nll(cfg.model, cfg.train.loss_chunk, each_loop=cfg.model.loop.count > 1)
         self.eval_step = jax.jit(
             steps.make_eval_step(nll), in_shardings=(self.layout.params, rows, None), out_shardings=None
         )
@@ -267,7 +268,7 @@ def _sampler(cfg: Config, corpus: shards.Corpus) -> Callable[[TrainState], str]:
     length = cfg.eval.sample_tokens
     settings = InferConfig(
         max_tokens=length, temperature=cfg.infer.temperature, top_k=cfg.infer.top_k, top_p=cfg.infer.top_p,
-        capacity=max(cfg.infer.capacity, len(prompt) + length),
+        capacity=max(cfg.infer.capacity, len(prompt) + length), exit_quantile=cfg.infer.exit_quantile,
     )  # fmt: skip
 
     def text(state: TrainState) -> str:

@@ -80,6 +80,8 @@ def _accumulate(gradient, params: Params, batch: Batch, key: jax.Array, microbat
 def make_eval_step(nll_fn: Callable[[Params, Batch], jax.Array]):
     """Build eval_step(params, batch, token_bytes) -> {"nats", "bytes", "tokens"}, sums over the batch.
 
+    Where nll_fn gives [R, B, L] and not [B, L] (`losses.make_token_nll` of each loop), "nats" is that of
+    the last loop, and "loop_nats" [R] that of each.
     token_bytes: int32 [V], raw bytes of each token, 0 for special tokens, whose predictions are
     left out of the sums, as are targets of weight 0.
     """
@@ -87,10 +89,16 @@ def make_eval_step(nll_fn: Callable[[Params, Batch], jax.Array]):
     def eval_step(params: Params, batch: Batch, token_bytes: jax.Array) -> Metrics:
         sizes = token_bytes[batch.targets]
         counted = (batch.weights > 0) & (sizes > 0)
-        return {
-            "nats": jnp.sum(jnp.where(counted, nll_fn(params, batch), 0.0)),
+        nll = nll_fn(params, batch)
+        last, each = (nll, {}) if nll.ndim == 2 else (nll[-1], {"loop_nats": _over_rows(nll, counted)})
+        return each | {
+            "nats": jnp.sum(jnp.where(counted, last, 0.0)),
             "bytes": jnp.sum(jnp.where(counted, sizes, 0)),
             "tokens": jnp.sum(counted),
         }
 
     return eval_step
+
+
+def _over_rows(nll_RBL: jax.Array, counted_BL: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(counted_BL[None], nll_RBL, 0.0), (1, 2))
