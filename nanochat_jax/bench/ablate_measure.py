@@ -28,6 +28,7 @@ def measured(workdir: Path, status: int, peak: int) -> dict[str, Any]:
     own = [peak] if manifest["devices"]["platform"] == "cpu" else []
     return {
         "bpb": scores.get("eval/bpb", math.nan), "loss": scores.get("eval/loss", math.nan),
+        "bpb_loops": [scores[name] for name in sorted(scores) if name.startswith("eval/bpb_loop_")],
         "steps": end["step"], "tokens": end["tokens"], "stop": end["stop"] or status,
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "peak_bytes": max(noted + own, default=None),

@@ -184,12 +184,12 @@ def forward(
             x = x + entered
         return stack("blocks", (x, *rest), cfg.loop.before + r * cfg.layers, kv)
 
-    def finish(r: int, carry: tuple) -> tuple:
-        """What the model gives if loop r is its last: (hidden, carry, cache of the layers after)."""
-        first = cfg.loop.before + R * cfg.layers + (R - 1 - r) * cfg.loop.after
-        carry, written = outside("after", carry, first)
-        x = mhc.collapse(cfg.mhc, carry[0])
-        return rms_norm(x, params.get("norm"), cfg.norm_eps), carry, written
+    def ending(r: int, carry: tuple) -> tuple:
+        """The layers after the loops, if loop r is the last: (carry, their cache)."""
+        return outside("after", carry, cfg.loop.before + R * cfg.layers + (R - 1 - r) * cfg.loop.after)
+
+    def readout(x: jax.Array) -> jax.Array:
+        return rms_norm(mhc.collapse(cfg.mhc, x), params.get("norm"), cfg.norm_eps)
 
     carry, before = outside("before", (x, watch), 0)
     entered = carry[0]
@@ -203,20 +203,21 @@ def forward(
         entries.append(written)
         if each_loop:
             if r + 1 < R:
-                hidden.append(finish(r, carry)[0])
+                hidden.append(readout(ending(r, carry)[0][0]))
             if cfg.loop.gate != "none":
                 exits.append(loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1))
         if quantile is not None and cache is not None and r + 1 < R:
             logit_B = loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1)[:, 0]
             leaving = loop.leave(leaving, logit_B, quantile, cache.length)
-    last, carry, after = finish(R - 1, carry)
+    carry, after = ending(R - 1, carry)
     if cache is not None:
         k, v = (jnp.stack([entry[i] for entry in entries]) for i in (0, 1))
         cache = KVCache(k, v, cache.length + batch.tokens.shape[1], before | after)
     x, watch = carry
     watch, ridden = (watch, None) if passenger is None else watch  # type: ignore[misc]
+    aux, last = mhc.metrics(watch, x, batch.weights), readout(x)
     return Output(
-        last, cache, mhc.metrics(watch, x, batch.weights), ridden=ridden,
+        last, cache, aux, ridden=ridden,
         loops=jnp.stack([*hidden, last]) if each_loop else None,
         exits=jnp.stack(exits) if exits else None,
         depth=None if leaving is None else leaving.depth,

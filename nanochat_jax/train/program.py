@@ -133,10 +133,7 @@ def start_state(
         state = parts.fresh(cfg.seed)
         if not cfg.ckpt.init_from:
             return parts, state, None, "starting from scratch"
-        params, _ = checkpoint.restore_params(
-            Path(cfg.ckpt.init_from) / "ckpt", parts.target.params, cfg.ckpt.verify
-        )
-        state = TrainState(state.step, params, state.opt_state)
+        state = TrainState(state.step, _initial_params(cfg, parts, state.params), state.opt_state)
         return parts, state, None, f"starting from the parameters of {cfg.ckpt.init_from}"
     if (home / "config.json").exists():
         before = json.loads((home / "config.json").read_text())
@@ -154,6 +151,24 @@ def start_state(
     if extension:
         parts = Parts(cfg, extension)  # the same shapes, another schedule
     return parts, state, extension, f"continuing at step {step}"
+
+
+def _initial_params(cfg: Config, parts: Parts, fresh: Any) -> Any:
+    """The parameters of ckpt.init_from. An exit gate that it lacks is the fresh one: a looped model can be
+    trained without and get its gate in a run of its own (train.loss = gate)."""
+    source, target = Path(cfg.ckpt.init_from) / "ckpt", parts.target.params
+
+    def has_gate() -> bool:
+        return checkpoint.read_misc(source)["config"]["model"]["loop"].get("gate", "none") != "none"
+
+    if cfg.model.loop.gate == "none" or has_gate():
+        return checkpoint.restore_params(source, target, cfg.ckpt.verify)[0]
+    rest = {name: part for name, part in target["loop"].items() if name != "gate"}
+    target = {name: part for name, part in target.items() if name != "loop"} | (
+        {"loop": rest} if rest else {}
+    )
+    params, _ = checkpoint.restore_params(source, target, cfg.ckpt.verify)
+    return params | {"loop": params.get("loop", {}) | {"gate": fresh["loop"]["gate"]}}
 
 
 def train(

@@ -12,7 +12,7 @@ import pytest
 
 from nanochat_jax import config as config_lib
 from nanochat_jax import parallel
-from nanochat_jax.config import BLOCKS, Config, ConfigError, MeshConfig, ModelConfig, TrainConfig
+from nanochat_jax.config import BLOCKS, Config, ConfigError, LoopConfig, MeshConfig, ModelConfig, TrainConfig
 from nanochat_jax.train import loop, program
 from nanochat_jax.train import step as steps
 from nanochat_jax.types import Batch
@@ -280,6 +280,29 @@ def test_init_from_takes_parameters_only(tmp_path):
     saved = program.checkpoint.read_misc(home / "ckpt")["fingerprint"]
     assert program.checkpoint.fingerprint(state.params) == saved and int(state.step) == 0
     assert "parameters of" in origin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_gate_joins_a_trained_model(tmp_path, norm):
+    """init_from of a looped run without an exit gate: its parameters, and the gate as in a fresh run."""
+    cfg, _ = small(tmp_path)
+    looped = dataclasses.replace(cfg.model, norm="weighted", loop=LoopConfig(count=2, norm=norm))
+    cfg = dataclasses.replace(cfg, model=looped)
+    state = program.Parts(cfg).fresh(1)
+    with program.checkpoint.Checkpointer(cfg.ckpt, tmp_path / "first" / "ckpt") as checkpoints:
+        checkpoints.save(1, state, {"config": program.manifest.to_dict(cfg)}, wait=True)
+    gated = dataclasses.replace(
+        cfg, model=dataclasses.replace(looped, loop=dataclasses.replace(looped.loop, gate="shared")),
+        train=dataclasses.replace(cfg.train, loss=(("gate", 1.0),)),
+        ckpt=dataclasses.replace(cfg.ckpt, init_from=str(tmp_path / "first")),
+    )  # fmt: skip
+    with program.checkpoint.Checkpointer(gated.ckpt, tmp_path / "second" / "ckpt") as checkpoints:
+        _, joined, _, _ = program.start_state(gated, tmp_path / "second", checkpoints, "auto")
+    gate = joined.params["loop"].pop("gate")
+    assert not gate["w"].any() and not gate["b"].any()
+    rest = {name: part for name, part in joined.params.items() if name != "loop" or part}
+    assert program.checkpoint.fingerprint(rest) == program.checkpoint.fingerprint(state.params)
 
 
 @pytest.mark.multiprocess
