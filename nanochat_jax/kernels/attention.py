@@ -1,8 +1,8 @@
 """Causal attention over packed rows, by the implementation that suits the device.
 
 `reference` states the meaning and accepts everything; `cudnn` is the library's fused kernel;
-`blocked` is the CPU path: it cuts the queries into blocks and multiplies each with the keys up to
-its end only, which skips almost half of the products and keeps the score matrix in cache.
+`blocked` is the CPU path: it cuts the queries into blocks, which keeps the scores in cache; in a whole
+row it multiplies each with the keys up to its end only, which skips almost half of the products.
 """
 
 import functools
@@ -41,33 +41,41 @@ def _blocked(q, k, v, q_index, k_index, q_segment, k_segment, window, aligned):
     L, H, K = q.shape[1:]
     if dispatch.backend() != "cpu":
         raise NotImplementedError("made for CPUs")
-    if not aligned or L % QUERY_BLOCK:
+    if aligned and L % QUERY_BLOCK:
         raise NotImplementedError(f"needs whole rows of a multiple of {QUERY_BLOCK} tokens, got {L}")
+    if L < QUERY_BLOCK:
+        raise NotImplementedError(f"needs at least {QUERY_BLOCK} queries, got {L}")
     share = H // k.shape[2]
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * K**-0.5, k, v))
     k, v = (a if share == 1 else jnp.repeat(a, share, axis=1) for a in (k, v))
-    return jnp.swapaxes(_block_attention(q, k, v, q_segment, window), 1, 2)
+    if aligned:
+        q_index = k_index = jnp.arange(L, dtype=jnp.int32)[None]  # known to the compiler
+    places = (q_index, k_index, q_segment, k_segment)
+    return jnp.swapaxes(_block_attention(q, k, v, places, window, aligned), 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _block_attention(q_BHLK, k_BHLK, v_BHLK, segments_BL, window):
-    """Causal attention of scaled queries. The backward pass is written out because automatic
-    differentiation of the softmax makes three more passes over the scores."""
-    return _block_forward(q_BHLK, k_BHLK, v_BHLK, segments_BL, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _block_attention(q_BHLK, k_BHTK, v_BHTK, places, window, aligned):
+    """Attention of scaled queries, with the indices and segments of `attend` as `places`. The backward
+    pass is written out because automatic differentiation of the softmax makes three more passes over the
+    scores."""
+    return _block_forward(q_BHLK, k_BHTK, v_BHTK, places, window, aligned)[0]
 
 
-def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
-    """(first key, first query, end of both) of each block of queries."""
-    starts = range(0, length, QUERY_BLOCK)
-    return [(max(0, s - window + 1) // 16 * 16 if window else 0, s, s + QUERY_BLOCK) for s in starts]
+def _blocks(queries: int, keys: int, window: int, aligned: bool) -> list[tuple[slice, slice]]:
+    """(keys, queries) of each block of queries: of a whole row only the keys that it can see."""
+    starts = range(0, queries, QUERY_BLOCK)
+    if not aligned:
+        return [(slice(0, keys), slice(s, min(s + QUERY_BLOCK, queries))) for s in starts]
+    low = [max(0, s - window + 1) // 16 * 16 if window else 0 for s in starts]
+    return [(slice(a, s + QUERY_BLOCK), slice(s, s + QUERY_BLOCK)) for a, s in zip(low, starts, strict=True)]
 
 
-def _block_forward(q, k, v, segments, window):
+def _block_forward(q, k, v, places, window, aligned):
     outputs, shares = [], []
-    index = jnp.arange(q.shape[2], dtype=jnp.int32)[None]
-    for low, start, end in _blocks(q.shape[2], window):
-        keys, rows = slice(low, end), slice(start, end)
-        mask = _mask(index[:, rows], index[:, keys], segments[:, rows], segments[:, keys], window)
+    q_index, k_index, q_segment, k_segment = places
+    for keys, rows in _blocks(q.shape[2], k.shape[2], window, aligned):
+        mask = _mask(q_index[:, rows], k_index[:, keys], q_segment[:, rows], k_segment[:, keys], window)
         scores = jnp.einsum(
             "bhlk,bhtk->bhlt", q[:, :, rows], k[:, :, keys], preferred_element_type=jnp.float32
         )
@@ -82,11 +90,11 @@ def _block_forward(q, k, v, segments, window):
     return y, (q, k, v, y, shares)
 
 
-def _block_backward(window, residuals, dy):
+def _block_backward(window, aligned, residuals, dy):
     q, k, v, y, shares = residuals
     dk, dv, dq = jnp.zeros_like(k), jnp.zeros_like(v), []
-    for (low, start, end), (p, total) in zip(_blocks(q.shape[2], window), shares, strict=True):
-        keys, rows = slice(low, end), slice(start, end)
+    blocks = _blocks(q.shape[2], k.shape[2], window, aligned)
+    for (keys, rows), (p, total) in zip(blocks, shares, strict=True):
         d = (dy[:, :, rows] / total).astype(v.dtype)
         inner = jnp.sum(d * y[:, :, rows], -1, keepdims=True)
         ds = p * (jnp.einsum("bhlk,bhtk->bhlt", d, v[:, :, keys]) - inner)
