@@ -61,7 +61,7 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
     batch.future (computed from this batch if it is None, see `make_prepare`); its metrics are nats per
     token: "loss/mtp_<i>" of each offset, and their mean weighted by decay^(i-1) as "loss/mtp".
     With model.filter the loss is that of the kept tokens (model/collider.py); the metrics of terms stay
-    sums over all tokens, and those of `collider.metrics` join them. With the terms of the exit gate there
+    sums over all tokens, but for "mtp", and those of `collider.metrics` join them. With the terms of the exit gate there
     are also "loss/loop_<r>", the plain nll after each loop, and `loop.metrics`. The term "gate" lets
     nothing but the gate learn.
     Raises: ValueError for the term "mtp" at depth 0, for those of the gate without one, and for those of
@@ -80,6 +80,8 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
         raise ValueError(
             "the loss terms 'exit', 'exit_entropy' and 'gate' need an exit gate, model.loop.gate"
         )
+    if any(exits.values()) and cfg.filter.keep < 1:
+        raise ValueError("the loss terms of the exit gate learn from all tokens: model.filter.keep must be 1")
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         drawing = project.keyed(key)
@@ -93,19 +95,23 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
             cfg, drawing, params, batch, each_loop=any(exits.values()), passenger=rider
         )
         head = transformer.head(cfg, params)
-        total, metrics, filtered = jnp.zeros((), jnp.float32), {}, {}
+        total, metrics, filtered, hidden = jnp.zeros((), jnp.float32), {}, {}, output.hidden
         if any(exits.values()):
             total, metrics = _exit_loss(cfg, chunk, exits, params, output, batch)
         if any(coefficients.values()) or not any(exits.values()):
             if rider is None:
                 main, sums = over(output.hidden, head, batch.targets, batch.weights)  # type: ignore[misc]
             else:
-                main, sums, filtered = _filtered_loss(cfg, chunk, over, output, head, batch, key)
+                main, sums, filtered, index_Bk = _filtered_loss(cfg, chunk, over, output, head, batch, key)
+                if future:
+                    batch = make_prepare(cfg)(batch) if batch.future is None else batch
+                    hidden, weights = collider.only_kept(hidden, batch.future, index_Bk)
+                    batch = batch.replace(future=weights)  # type: ignore[attr-defined]
             total = main if not metrics else total + main
             metrics |= {f"loss/{name}": sums[TERMS[name][0]] for name, _ in terms if TERMS[name][0] in sums}
             metrics |= {"loss/next_token": sums["nll"], "loss/entropy": sums["entropy"]}
         if future:
-            more, means = _future_loss(cfg, drawing, chunk, future, params, output.hidden, batch)
+            more, means = _future_loss(cfg, drawing, chunk, future, params, hidden, batch)
             total, metrics = total + more, metrics | means
         return total, metrics | output.aux | filtered
 
@@ -113,7 +119,7 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
 
 
 def _filtered_loss(cfg, chunk, over, output, head, batch, key):
-    """(loss of the kept tokens, the statistics' sums over all tokens, the filter's metrics)."""
+    """(loss of the kept tokens, the statistics' sums over all tokens, the filter's metrics, the kept)."""
     fixed = jax.lax.stop_gradient((output.hidden, head))
     each = _token_statistics(cfg, chunk, *fixed, batch.targets)
     scores_BL = collider.scores(cfg.filter, each["nll"], batch.reference, batch.weights, key)
@@ -122,7 +128,7 @@ def _filtered_loss(cfg, chunk, over, output, head, batch, key):
     total, _ = over(hidden_BkD, head, targets_Bk, collider.kept_weights(batch.weights, index_Bk))
     sums = {name: jnp.sum(batch.weights * value) for name, value in each.items()}
     metrics = collider.metrics(each["nll"], batch.weights, index_Bk)
-    return collider.inject(total, output.ridden, index_Bk), sums, metrics
+    return collider.inject(total, output.ridden, index_Bk), sums, metrics, index_Bk
 
 
 def make_prepare(cfg: ModelConfig) -> Callable[[Batch], Batch]:

@@ -222,11 +222,6 @@ def _validate_filter(f: FilterConfig, m: ModelConfig) -> None:
             f"'model.remat' must be 'none' with model.filter.keep below 1, which itself recomputes layers in "
             f"the backward pass, got '{m.remat}'"
         )
-    if m.mtp.depth:
-        raise ConfigError(
-            f"'model.filter.keep' must be 1 with model.mtp.depth = {m.mtp.depth}, whose layers learn from "
-            f"all tokens, got {f.keep}"
-        )
     if f.score == "loss":
         warnings.warn(
             "model.filter.score = 'loss' keeps noise and drops what is easy; it is a control, and costs quality",
@@ -265,6 +260,12 @@ def _validate_loss(c: Config) -> None:
     if depth >= c.data.seq_len:
         raise ConfigError(f"'model.mtp.depth' = {depth} must be less than 'data.seq_len' = {c.data.seq_len}")
     _validate_exit_loss(dict(loss), c.model.loop.gate)
+    exits = [name for name, _ in loss if name in ("exit", "exit_entropy", "gate")]
+    if exits and c.model.filter.keep < 1:
+        raise ConfigError(
+            f"'model.filter.keep' must be 1 with the term '{exits[0]}' in train.loss, which learns from all "
+            f"tokens, got {c.model.filter.keep}"
+        )
 
 
 def _validate_exit_loss(loss: dict[str, float], gate: str) -> None:

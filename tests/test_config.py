@@ -357,8 +357,12 @@ def test_blocks_resolve(name):
             "'model.remat' must be 'none' with model.filter.keep below 1",
         ),
         (
-            {"model__filter": {"keep": 0.5, "score": "random"}, "model__mtp__depth": 1},
-            "'model.filter.keep' must be 1 with model.mtp.depth = 1",
+            {
+                "model__filter": {"keep": 0.5, "score": "random"},
+                "model__loop": {"count": 2, "gate": "shared"},
+                "train__loss": (("exit", 1.0),),
+            },
+            "'model.filter.keep' must be 1 with the term 'exit' in train.loss",
         ),
         ({"train__loss": (("z",),)}, "must have 2 entries"),
         ({"mesh__data": 16}, "must be a multiple of 'mesh.data * mesh.fsdp' = 16"),

@@ -86,6 +86,23 @@ def kept_weights(weights_BL: jax.Array, index_Bk: jax.Array) -> jax.Array:
     return kept * (jnp.sum(weights_BL, -1, keepdims=True) / jnp.where(total > 0, total, 1.0))
 
 
+def only_kept(
+    hidden_BLD: jax.Array, future_BML: jax.Array, index_Bk: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What layers behind the trunk (model/mtp.py) learn from: (hidden, weights of further targets).
+
+    Dropped tokens are constants, and their targets have weight 0; each row's sum over an offset stays
+    what it was. These layers are differentiated on all rows: they are one or two beside the trunk's.
+    """
+    kept_BL = scatter_rows(jnp.zeros(hidden_BLD.shape[:2]), index_Bk, jnp.ones(index_Bk.shape))
+    hidden_BLD = jnp.where(kept_BL[..., None] > 0, hidden_BLD, jax.lax.stop_gradient(hidden_BLD))
+    weights_BML = future_BML * kept_BL[:, None]
+    total = jnp.sum(weights_BML, -1, keepdims=True)
+    return hidden_BLD, weights_BML * (
+        jnp.sum(future_BML, -1, keepdims=True) / jnp.where(total > 0, total, 1.0)
+    )
+
+
 def metrics(nll_BL: jax.Array, weights_BL: jax.Array, index_Bk: jax.Array) -> Metrics:
     """Mean losses of kept and dropped tokens, and the share kept.
 

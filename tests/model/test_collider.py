@@ -22,6 +22,7 @@ from nanochat_jax.config import (
     MeshConfig,
     MhcConfig,
     ModelConfig,
+    MtpConfig,
 )
 from nanochat_jax.model import block, collider, flops, transformer
 from nanochat_jax.params import flatten
@@ -141,6 +142,46 @@ def test_the_gradient_is_that_of_the_stated_objective(form, key, monkeypatch):
         a, b = (jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(t)]) for t in (grads, rho))
         cosine = float(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b))
         assert 0.5 < cosine < 0.9999
+
+
+@pytest.mark.parametrize("kind", ["chained", "parallel"])
+def test_further_tokens_are_learned_from_kept_ones(kind, key, monkeypatch):
+    """Dropped tokens are constants for the layers behind the trunk, and their targets have no weight."""
+    terms = (("next_token", 1.0), ("mtp", 0.3))
+    cfg, batch = of(mtp=MtpConfig(2, kind)), rows()
+    plain, mask = of(cfg, filter=FilterConfig()), chosen(cfg, batch, key)
+    weights = weights_of(plain)
+    future = np.asarray(losses.make_prepare(cfg)(batch).future, np.float64)
+    kept_future = future * mask[:, None]
+    assert 0 < np.count_nonzero(kept_future) < np.count_nonzero(future)
+    kept_future *= future.sum(-1, keepdims=True) / np.maximum(kept_future.sum(-1, keepdims=True), 1e-9)
+    kept = np.asarray(batch.weights) * mask
+    kept *= np.asarray(batch.weights).sum(1, keepdims=True) / np.maximum(kept.sum(1, keepdims=True), 1e-9)
+    masked = batch.replace(
+        weights=jnp.asarray(kept, jnp.float32), future=jnp.asarray(kept_future, jnp.float32)
+    )
+    attend, ahead = block.kernels.attend, losses.mtp.future_hidden
+
+    def stopped(q, k, v, *others, **settings):
+        k, v = (jnp.where(mask[:, :, None, None], a, jax.lax.stop_gradient(a)) for a in (k, v))
+        return attend(q, k, v, *others, **settings)
+
+    def behind(cfg, project, layer, p, embed, hidden, targets):
+        with monkeypatch.context() as patch:
+            patch.setattr(block.kernels, "attend", attend)
+            hidden = jnp.where(mask[:, :, None], hidden, jax.lax.stop_gradient(hidden))
+            return ahead(cfg, project, layer, p, embed, hidden, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block.kernels, "attend", stopped)
+        patch.setattr(losses.mtp, "future_hidden", behind)
+        oracle = jax.value_and_grad(losses.make_loss(plain, terms, 16), has_aux=True)
+        (want, _), expected = oracle(weights, masked, key)
+    (loss, _), grads = jax.jit(jax.value_and_grad(losses.make_loss(cfg, terms, 16), has_aux=True))(
+        weights, batch, key
+    )
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    close(grads, expected, 3e-6)  # the oracle runs operation by operation, and sums more rows
 
 
 # --- what does not reach the gradient
