@@ -156,14 +156,19 @@ def _validate_fp4(m: ModelConfig) -> None:
     _at_least("model.fp4.hadamard", f.hadamard, 0)
     if f.hadamard and (f.hadamard.bit_count() != 1 or f.hadamard > 256):
         raise ConfigError(f"'model.fp4.hadamard' must be 0 or a power of 2 up to 256, got {f.hadamard}")
+    _choice("model.fp4.outside", f.outside, ("full", "fp4"))
     if not 0 <= f.outliers < 1:
         raise ConfigError(f"'model.fp4.outliers' must be in [0, 1), got {f.outliers}")
     _at_least("model.fp4.estimator", f.estimator, 1)
     name = next((name for name in FP4_BLOCK if name in m.quant), "")
     of_rows = {"outliers", "estimator"}
-    others = {field.name for field in dataclasses.fields(f)} - of_rows
+    others = {field.name for field in dataclasses.fields(f)} - of_rows - {"outside"}
     unread = (others if not name else set()) | (of_rows if m.quant != "fp4_rows" else set())
     _unused("model.fp4", f, f"model.quant is '{m.quant}'", sorted(unread))
+    if m.quant in ("full", "ternary"):
+        _unused("model.fp4", f, f"model.quant is '{m.quant}'", ("outside",))
+    if not m.loop.before + m.loop.after:
+        _unused("model.fp4", f, "model.loop.before and model.loop.after are 0", ("outside",))
     if not name:
         return
     if m.quant_group:

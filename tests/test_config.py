@@ -176,6 +176,10 @@ def test_blocks_resolve(name):
             {"model__quant": "nvfp4", "model__fp4__outliers": 0.1},
             "'model.fp4.outliers' has no effect because model.quant is 'nvfp4'",
         ),
+        (
+            {"model__quant": "nvfp4", "model__fp4__outside": "fp4"},
+            "'model.fp4.outside' has no effect because model.loop.before and model.loop.after are 0",
+        ),
         ({"model__quant": "fp4_rows", "model__fp4__outliers": 1.0}, "must be in [0, 1), got 1.0"),
         (
             {"model__quant": "ternary", "model__fp4__stochastic": "none"},
@@ -453,6 +457,7 @@ STEP |= {
     f"model.fp4.{_key}": (_value, {"model.quant": "fp4_rows"})
     for _key, _value in {"outliers": 0.1, "estimator": 3.0}.items()
 }
+STEP["model.fp4.outside"] = ("fp4", {"model.quant": "fp8", "model.loop.before": 1})
 for _key, _value in {
     "block": 16, "momentum": "dynamic", "rounding": "stochastic", "scales": "bfloat16"
 }.items():  # fmt: skip

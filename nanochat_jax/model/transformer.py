@@ -155,18 +155,20 @@ def forward(
     if cfg.embed_norm:
         x = rms_norm(x, params.get("embed_norm"), cfg.norm_eps)
     context = block.make_context(cfg, batch, cache)
-    run = _remat(cfg, functools.partial(block.layer, cfg, project, context, batch.tokens))
-    if passenger is not None:
-        run = collider.layer(cfg, project, context, batch.tokens)
     x0, R, stacks = x, cfg.loop.count, loop.outside(cfg)
     x, watch = mhc.expand(cfg.mhc, x), mhc.watch(cfg.mhc, batch.tokens.shape) if cache is None else None
     watch = watch if passenger is None else (watch, passenger)
 
     def stack(name: str, carry: tuple, first: int, kv: tuple | None) -> tuple:
         """(carry, keys and values) behind a stack of layers, whose first has the number `first`."""
-        own = stacks.get(name, cfg)
+        own, inner = stacks.get(name, cfg), name == "blocks"
+        chosen = project if inner or cfg.fp4.outside == "fp4" else project.spared()
+        if passenger is None:
+            run = _remat(cfg, functools.partial(block.layer, cfg, chosen, context, batch.tokens))
+        else:
+            run = collider.layer(cfg, chosen, context, batch.tokens)
         layers = {"blocks": _numbered(own, project, params[name], first)}
-        layers["value"] = params.get("value", {}) if name == "blocks" else {}
+        layers["value"] = params.get("value", {}) if inner else {}
         return _stack(own, run, carry, x0, layers, kv)
 
     def outside(name: str, carry: tuple, first: int) -> tuple:

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from nanochat_jax import losses, params, validation
-from nanochat_jax.config import Fp4Config, MtpConfig
+from nanochat_jax.config import Fp4Config, LoopConfig, MtpConfig
 from nanochat_jax.model import transformer
 from nanochat_jax.quant import fp4
 from nanochat_jax.quant import project as projections
@@ -336,6 +336,20 @@ def test_further_tokens_are_predicted_in_full_precision(tiny, key):
     plain = jax.make_jaxpr(jax.grad(losses.make_loss(depth_0, terms[:1]), has_aux=True))
     assert traced("nvfp4") == str(plain(weights, batch, key)).count("f8_e4m3fn") > 0
     assert traced("full") == 0
+
+
+@pytest.mark.parametrize(("outside", "ratio"), [("full", 2), ("fp4", 4)])
+def test_first_and_last_layers_are_spared(tiny, key, outside, ratio):
+    """Two layers of four, or all four: counted by their rounded operands."""
+
+    def traced(**changes):
+        cfg = dataclasses.replace(tiny, quant="fp8", unroll=0, **changes)
+        weights, batch = params.init_params(transformer.param_specs(cfg), key), batch_of(cfg)
+        run = lambda p: transformer.forward(cfg, projections.from_config(cfg), p, batch).hidden  # noqa: E731
+        return str(jax.make_jaxpr(run)(weights)).count("f8_e4m3fn")
+
+    one = traced(layers=1)
+    assert traced(layers=2, loop=LoopConfig(before=1, after=1), fp4=Fp4Config(outside=outside)) == ratio * one
 
 
 def test_the_key_of_the_step_reaches_the_rounding(tiny, key):
