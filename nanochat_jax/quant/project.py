@@ -148,6 +148,11 @@ class Project:
                         f"{fp4.FORMATS[name]}"
                     )
 
+    def low_formats(self) -> list[str]:
+        """FP4 and FP8 formats in use."""
+        used = {name for _, p in self.rules for name in (p.weight, p.act, p.grad)}
+        return [name for name in LOW if name in used]
+
     def ternary_roles(self) -> tuple[str, ...]:
         """Roles of block matrices whose weights are ternary."""
         return tuple(role for role in BLOCK_ROLES if self.precision(role).weight == "ternary")

@@ -300,10 +300,12 @@ def _banner(cfg: Config, home: Path, corpus: shards.Corpus, progress: Progress, 
     dtype = transformer.compute_dtype(cfg.model).name
     total = params_lib.count(transformer.param_specs(cfg.model))
     rows = cfg.train.steps / pipeline.epoch_steps(cfg.data, corpus)
+    low = projections.from_config(cfg.model).low_formats()
+    emulated = f" ({', '.join(low)} emulated: right numbers, no gain in speed)" if low else ""
     progress.print(
         f"device: {len(jax.devices())} x {device.device_kind} ({device.platform}), computing in {dtype}\n"
         f"model:  {si(total)} parameters, {cfg.model.layers} layers x {cfg.model.loop.count} loops, "
-        f"{cfg.model.quant} matrices\n"
+        f"{cfg.model.quant} matrices{emulated}\n"
         f"data:   {cfg.data.source}: {si(counts['train']['tokens'])} tokens to train on, "
         f"{si(counts['val']['tokens'])} held out; this run sees {rows:.2f} epochs\n"
         f"output: {home}; {origin}"

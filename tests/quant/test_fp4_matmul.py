@@ -246,6 +246,8 @@ def test_spared_layers_keep_ternary_and_lose_fp4_and_fp8():
 
 
 def test_the_policy_by_module():
+    assert Project(projections.PRESETS["fp8_nvfp4"]).low_formats() == ["nvfp4", "fp8"]
+    assert not Project(projections.PRESETS["ternary"]).low_formats()
     project = Project(projections.PRESETS["fp8_nvfp4"])
     assert project.precision("attn/o") == Precision("fp8", "fp8", "fp8")
     assert project.precision("mlp/down") == Precision("nvfp4", "nvfp4", "nvfp4")
