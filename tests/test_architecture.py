@@ -43,6 +43,7 @@ RULES: dict[str, set[str]] = {
     "export": BASE | set(TOWER[:3]),
     "serve": BASE | {"inference"},
     "plan": BASE | set(TOWER) | BESIDE | {"train"},
+    "doctor": BASE | {"kernels"},
     "bench": BASE | set(TOWER) | BESIDE | {"train", "inference", "evals", "rl", "export", "serve"},
 }
 # File -> what it may import beyond its room, because it puts a run together from its parts as a
