@@ -403,7 +403,7 @@ def record(room: str, invocation: Invocation) -> dict[str, Any]:
 
 def relevant_environment() -> dict[str, str]:
     """Environment variables that can change a run's numbers or speed, for the manifest."""
-    prefixes = ("JAX_", "XLA_", "NANOCHAT_JAX_", "NCCL_", "CUDA_VISIBLE", "OMP_NUM", "MALLOC_")
+    prefixes = ("JAX_", "XLA_", "NANOCHAT_JAX_", "NCCL_", "CUDA_VISIBLE", "OMP_NUM", "MALLOC_", "TRACEPARENT")
     return {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)}
 
 

@@ -283,6 +283,12 @@ class LogConfig:
 
     every_steps: int = 20
     tensorboard: bool = True
+    format: str = "text"  # of progress on stderr: text, or json (an object per line, with trace and span ids)
+    profile_steps: tuple[int, ...] = ()  # first and last step of a jax.profiler trace in <workdir>/profile
+    prometheus_port: int = 0  # serve http://127.0.0.1:<port>/metrics while the run lasts; 0 = do not
+    otlp: str = ""  # collector that spans are posted to, e.g. http://127.0.0.1:4318/v1/traces; "" = none
+    min_entropy: float = 0.0  # nats; report predictions below it (a healthy model has its loss); 0 = do not
+    max_grad_norm: float = 0.0  # report gradients above it; 0 = compare with earlier ones only
 
 
 @dataclass(frozen=True)

@@ -472,7 +472,7 @@ def _validate_run(c: Config) -> None:
     _at_least("eval.every_steps", c.eval.every_steps, 0)
     _at_least("eval.batches", c.eval.batches, 0)
     _at_least("eval.sample_tokens", c.eval.sample_tokens, 0)
-    _at_least("log.every_steps", c.log.every_steps, 1)
+    _validate_log(c)
     i = c.infer
     _at_least("infer.max_tokens", i.max_tokens, 1)
     _at_least("infer.temperature", i.temperature, 0)
@@ -484,6 +484,27 @@ def _validate_run(c: Config) -> None:
         raise ConfigError(f"'infer.exit_quantile' must be in [0, 1], got {i.exit_quantile}")
     if c.model.loop.gate == "none":
         _unused("infer", i, "model.loop.gate is 'none'", ("exit_quantile",))
+
+
+def _validate_log(c: Config) -> None:
+    g = c.log
+    _at_least("log.every_steps", g.every_steps, 1)
+    _choice("log.format", g.format, ("text", "json"))
+    if g.profile_steps:
+        steps = g.profile_steps
+        if len(steps) != 2 or not 2 <= steps[0] <= steps[1] <= c.train.steps:
+            raise ConfigError(
+                f"'log.profile_steps' must be (first, last) in 2..train.steps = {c.train.steps} (step 1 "
+                f"compiles), got {steps}"
+            )
+    if not 0 <= g.prometheus_port < 2**16:
+        raise ConfigError(f"'log.prometheus_port' must be in 0..65535, got {g.prometheus_port}")
+    if g.otlp and not g.otlp.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"'log.otlp' must be an address such as http://127.0.0.1:4318/v1/traces, got '{g.otlp}'"
+        )
+    _at_least("log.min_entropy", g.min_entropy, 0)
+    _at_least("log.max_grad_norm", g.max_grad_norm, 0)
 
 
 def _validate_mesh(c: Config) -> None:

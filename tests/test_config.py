@@ -48,8 +48,9 @@ TOO_SMALL = {
     "opt.galore.oversampling": -1, "opt.galore.power_iterations": -1, "opt.foam.level": -1, "opt.fire.steps": (-1,), "train.steps": 0, "train.microbatches": 0, "train.loss_chunk": 0,
     "ckpt.every_steps": -1, "ckpt.every_minutes": -0.1, "ckpt.keep_last": 0, "ckpt.keep_every_steps": -1,
     "ckpt.min_free_gb": -0.1, "eval.every_steps": -1, "eval.batches": -1, "eval.sample_tokens": -1,
-    "log.every_steps": 0, "infer.max_tokens": 0, "infer.temperature": -0.1, "infer.top_k": -1,
-    "infer.capacity": 1, "infer.exit_quantile": -0.1, "mesh.data": 0, "mesh.fsdp": 0, "mesh.tensor": 0,
+    "log.every_steps": 0, "log.min_entropy": -0.1, "log.max_grad_norm": -0.1, "log.prometheus_port": -1,
+    "infer.max_tokens": 0, "infer.temperature": -0.1, "infer.top_k": -1, "infer.capacity": 1,
+    "infer.exit_quantile": -0.1, "mesh.data": 0, "mesh.fsdp": 0, "mesh.tensor": 0,
 }  # fmt: skip
 
 
@@ -376,6 +377,13 @@ def test_blocks_resolve(name):
         ({"opt__schedule__kind": "cosine", "opt__schedule__decay_shape": "sqrt"}, "kind is 'cosine'"),
         ({"name": "a b"}, "'name' must be a word"),
         ({"seed": -1}, "'seed' must be in"),
+        ({"log__format": "jsn"}, "'log.format' = 'jsn' is unknown. Did you mean 'json'?"),
+        ({"log__profile_steps": (3,)}, "'log.profile_steps' must be (first, last) in 2..train.steps = 1000"),
+        ({"log__profile_steps": (1, 3)}, "(step 1 compiles), got (1, 3)"),
+        ({"log__profile_steps": (5, 4)}, "got (5, 4)"),
+        ({"log__profile_steps": (999, 1001)}, "got (999, 1001)"),
+        ({"log__prometheus_port": 65536}, "'log.prometheus_port' must be in 0..65535, got 65536"),
+        ({"log__otlp": "localhost:4318"}, "'log.otlp' must be an address such as http://127.0.0.1:4318"),
         ({"ckpt__verify": "md5"}, "'ckpt.verify' = 'md5' is unknown"),
         ({"infer__top_p": 0.0}, "'infer.top_p' must be in (0, 1]"),
         ({"opt__head__lr": 0.0}, "'opt.head.lr' must be positive, got 0.0"),
@@ -480,7 +488,10 @@ ELSEWHERE = {
     "ckpt.keep_every_steps": "test_checkpoint", "ckpt.init_from": "test_system", "ckpt.verify": "test_checkpoint",
     "ckpt.min_free_gb": "test_checkpoint", "eval.every_steps": "test_system", "eval.batches": "test_pipeline (limit)",
     "eval.prompt": "test_inference (command)", "eval.sample_tokens": "test_system", "log.every_steps": "test_system",
-    "log.tensorboard": "test_telemetry", "infer.max_tokens": "test_inference", "infer.temperature": "test_inference",
+    "log.tensorboard": "test_writers", "log.format": "test_console", "log.profile_steps": "test_profile",
+    "log.prometheus_port": "test_prometheus", "log.otlp": "test_trace", "log.min_entropy": "test_anomaly",
+    "log.max_grad_norm": "test_anomaly",
+    "infer.max_tokens": "test_inference", "infer.temperature": "test_inference",
     "infer.top_k": "test_inference", "infer.top_p": "test_inference", "infer.capacity": "test_inference",
     "infer.exit_quantile": "test_loop",
 }  # fmt: skip

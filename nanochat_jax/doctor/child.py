@@ -84,9 +84,11 @@ def kernels() -> dict[str, Any]:
     q, k, v = (jnp.asarray(rng.normal(size=(2, length, 4, 64)), dtype) for _ in range(3))
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
     segments = jnp.ones((2, length), jnp.int32)
-    exact = attention.IMPLS["reference"]
+    rest = (index, index, segments, segments, 0, True)
     with jax.default_matmul_precision("highest"):
-        right = exact(*(a.astype(jnp.float32) for a in (q, k, v)), index, index, segments, segments, 0, True)
+        right = attention.IMPLS["reference"](
+            q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), *rest
+        )
 
     codes = rng.integers(-127, 128, (64, 256)).astype(np.int8)
     trits = rng.integers(-1, 2, (256, 64)).astype(np.int8)

@@ -3,14 +3,17 @@
 A detector is a pure function `(state, value) -> (state, event or None)`; `check` runs all of them
 on the metrics of a step. The spike detectors compare a value with the median of the last 128
 unsuspicious ones, in units of 1.4826 * MAD, which is the standard deviation of normal noise but
-does not care about outliers. Fixed limits (a gradient norm of 10, an entropy of 5) mean nothing
-without the model's size and vocabulary, so there are none.
+does not care about outliers. Fixed limits (a gradient norm of 10, an entropy of 5 nats) mean nothing
+without the model's size and vocabulary (the entropy of a healthy model is its loss, so a limit of 5
+fires on every model that has learnt something): they are options of `LogConfig`, off by default.
 """
 
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+from nanochat_jax.config import LogConfig
 
 WINDOW = 128  # values that are remembered
 MIN_VALUES = 32  # values before a detector may fire
@@ -19,6 +22,9 @@ SIGMAS = 6.0
 SIGMA_OF_MAD = 1.4826  # standard deviation / median absolute deviation, for normal noise
 LOSS_MARGIN = 0.25  # nats; smaller jumps are no spike, however calm the loss was
 NORM_MARGIN = math.log(2.0)  # a gradient norm must at least double
+ENTROPY_MARGIN = 0.25  # nats
+SLOWER = math.log(1.5)  # steps must take half as long again
+SLOW_STEPS = 8  # in a row; a single slow step is the operating system's business
 STARVED = 0.2  # share of the step spent waiting for data
 
 
@@ -75,6 +81,32 @@ def norm_spike(state: State, value: float) -> tuple[State, Event | None]:
     )
 
 
+def entropy_drop(state: State, value: float) -> tuple[State, Event | None]:
+    """Fires when the entropy of predictions (nats) falls below its median by 6 sigma and by 0.25.
+
+    An entropy that follows the loss down is learning; one that falls at once is over-confidence.
+    """
+    hint = "predictions became sure of themselves at once; compare with the loss of this step"
+    return _spike(state, -value, ENTROPY_MARGIN, lambda x: Event("entropy drop", value, -x[0], -x[1], hint))
+
+
+def slow_steps(state: State, value: float) -> tuple[State, Event | None]:
+    """Fires when 8 steps in a row take 6 sigma and half as long again as the median, in log time.
+
+    Args: value: milliseconds of a step; 0 (the step that compiles) is left out.
+    """
+    if not value > 0:
+        return _next(state), None
+    hint = "the same work takes longer: look for other programs, a hot device, or swapping"
+    return _spike(
+        state,
+        math.log(value),
+        SLOWER,
+        lambda x: Event("slow steps", value, _exp(x[0]), _exp(x[1]), hint),
+        SLOW_STEPS,
+    )
+
+
 def nonfinite(state: State, value: float) -> tuple[State, Event | None]:
     """Fires at a NaN or an infinity."""
     after = _next(state)
@@ -100,9 +132,16 @@ def stall(state: State, value: float) -> tuple[State, Event | None]:
 
 
 def _spike(
-    state: State, value: float, margin: float, event: Callable[[tuple[float, float]], Event]
+    state: State,
+    value: float,
+    margin: float,
+    event: Callable[[tuple[float, float]], Event],
+    patience: int = 1,
 ) -> tuple[State, Event | None]:
-    """The rule of both spike detectors; `event` receives (threshold, median)."""
+    """The rule of the spike detectors; `event` receives (threshold, median).
+
+    Args: patience: suspicious values in a row that make an event.
+    """
     after = _next(state)
     if not math.isfinite(value):
         return after, None
@@ -116,7 +155,7 @@ def _spike(
     if after.rejected + 1 >= WINDOW:  # no spike but a new level: learn it instead of firing for ever
         return State((), after.quiet), None
     after = replace(after, rejected=after.rejected + 1)
-    if after.quiet:
+    if after.quiet or after.rejected < patience:
         return after, None
     return replace(after, quiet=COOL_DOWN), event((threshold, median))
 
@@ -135,24 +174,53 @@ def _data_share(metrics: dict[str, float]) -> float | None:
     return None if wait is None or not step else wait / step
 
 
+def _beyond(kind: str, limit: float, sign: int, hint: str) -> Detector:
+    """Fires when sign * (value - limit) > 0: a fixed limit."""
+
+    def detector(state: State, value: float) -> tuple[State, Event | None]:
+        after = _next(state)
+        if after.quiet or not sign * (value - limit) > 0:
+            return after, None
+        return replace(after, quiet=COOL_DOWN), Event(kind, value, limit, math.nan, hint)
+
+    return detector
+
+
+Table = dict[str, tuple[Callable[[dict[str, float]], float | None], Detector]]
 # name -> (the value among a step's metrics, or None if it is absent; detector)
-DETECTORS: dict[str, tuple[Callable[[dict[str, float]], float | None], Detector]] = {
+DETECTORS: Table = {
     "loss": (lambda metrics: metrics.get("loss/next_token"), loss_spike),
     "norm": (lambda metrics: metrics.get("opt/grad_norm"), norm_spike),
     "loss_finite": (lambda metrics: metrics.get("loss/next_token"), nonfinite),
     "norm_finite": (lambda metrics: metrics.get("opt/grad_norm"), nonfinite),
     "stall": (_data_share, stall),
+    "entropy": (lambda metrics: metrics.get("loss/entropy"), entropy_drop),
+    "speed": (lambda metrics: metrics.get("perf/step_ms"), slow_steps),
 }
 
 
-def check(states: dict[str, State], metrics: dict[str, float]) -> tuple[dict[str, State], list[Event]]:
+def detectors(cfg: LogConfig) -> Table:
+    """The detectors of a run: DETECTORS, and the fixed limits that its settings ask for."""
+    found = dict(DETECTORS)
+    if cfg.min_entropy:
+        low = _beyond("low entropy", cfg.min_entropy, -1, "log.min_entropy is a fixed limit")
+        found["min_entropy"] = (lambda metrics: metrics.get("loss/entropy"), low)
+    if cfg.max_grad_norm:
+        high = _beyond("large gradient", cfg.max_grad_norm, 1, "log.max_grad_norm is a fixed limit")
+        found["max_grad_norm"] = (lambda metrics: metrics.get("opt/grad_norm"), high)
+    return found
+
+
+def check(
+    states: dict[str, State], metrics: dict[str, float], table: Table = DETECTORS
+) -> tuple[dict[str, State], list[Event]]:
     """Run every detector whose metric is present.
 
     Args: states: what the last call returned, {} at first. metrics: of one step, as floats.
-    Returns: (states for the next call, events in the order of DETECTORS).
+    Returns: (states for the next call, events in the order of the table).
     """
     after, events = dict(states), []
-    for name, (value_of, detector) in DETECTORS.items():
+    for name, (value_of, detector) in table.items():
         value = value_of(metrics)
         if value is not None:
             after[name], event = detector(states.get(name, State()), value)

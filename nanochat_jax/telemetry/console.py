@@ -4,7 +4,9 @@ import contextlib
 import math
 import shutil
 import sys
-from typing import TextIO
+from typing import Any, TextIO
+
+from nanochat_jax.telemetry.logs import Ids, json_line, no_ids
 
 # metric, label, format; a field whose metric is absent is left out
 FIELDS = (
@@ -48,20 +50,36 @@ class Progress:
     """Writes log lines, and between them a bar if the stream is a terminal.
 
     A stream that cannot be written to any more (its reader has gone) loses the text, not the run.
+
+    Args: style: "text", or "json" for one object per line and no bar. ids: trace and span id of the
+    moment, for JSON lines.
     """
 
-    def __init__(self, total: int, stream: TextIO | None = None):
-        self.total, self.stream = total, stream or sys.stderr
-        self._live = self.stream.isatty()
+    def __init__(self, total: int, stream: TextIO | None = None, style: str = "text", ids: Ids = no_ids):
+        self.total, self.stream, self._ids = total, stream or sys.stderr, ids
+        self._json = style == "json"
+        self._live = self.stream.isatty() and not self._json
         self._shown = 0  # characters of the bar on the screen
 
     def line(self, step: int, metrics: dict[str, float]) -> None:
         """Print the line of an interval."""
-        self.print(log_line(step, self.total, metrics))
+        if self._json:
+            self._object("step", "info", {"step": step, "steps": self.total, **metrics})
+        else:
+            self.print(log_line(step, self.total, metrics))
 
-    def print(self, text: str) -> None:
-        """Print a line in the bar's place; the bar comes back below it."""
-        self._put(self._blank() + text + "\n")
+    def print(self, text: str, event: str = "note", level: str = "info", **fields: Any) -> None:
+        """Print a line in the bar's place; the bar comes back below it.
+
+        Args: event, level, fields: what a JSON line says beside the text.
+        """
+        if self._json:
+            self._object(event, level, {"msg": text, **fields})
+        else:
+            self._put(self._blank() + text + "\n")
+
+    def _object(self, event: str, level: str, fields: dict[str, Any]) -> None:
+        self._put(json_line(event, level, self._ids(), fields) + "\n")
 
     def bar(self, step: int, eta_seconds: float | None) -> None:
         """Redraw the bar; nothing happens when the stream is not a terminal."""

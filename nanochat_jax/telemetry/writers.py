@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanochat_jax.config import LogConfig
+from nanochat_jax.telemetry.logs import Ids, finite, no_ids
+from nanochat_jax.telemetry.prometheus import Prometheus
 
 log = logging.getLogger(__name__)
 
@@ -31,32 +33,29 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """One JSON object per line: step, time (UTC seconds), metrics; NaN and infinity become null.
+    """One JSON object per line: step, time (UTC seconds), ids, metrics; NaN and infinity become null.
 
     Args: path: the file. resume_step: last step of the restored state; lines of later steps (of a
     run that was killed after its last checkpoint) are dropped, so that curves do not double back.
-    0 starts an empty file.
+    0 starts an empty file. ids: trace and span id of the moment.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0):
+    def __init__(self, path: Path, resume_step: int = 0, ids: Ids = no_ids):
+        self._ids = ids
         path.parent.mkdir(parents=True, exist_ok=True)
         truncate_after(path, resume_step if resume_step else -1)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line."""
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        row: dict = {"step": step, "time": round(time.time(), 3)}
-        row |= {name: None if name in bad else value for name, value in metrics.items()}
-        if bad:
-            row["nonfinite"] = bad
-        self._append(row)
+        self._append(step, finite(metrics))
 
     def text(self, step: int, tag: str, value: str) -> None:
         """Append a line with the text under its tag."""
-        self._append({"step": step, "time": round(time.time(), 3), tag: value})
+        self._append(step, {tag: value})
 
-    def _append(self, row: dict) -> None:
+    def _append(self, step: int, fields: dict[str, Any]) -> None:
+        row = {"step": step, "time": round(time.time(), 3), **self._ids(), **fields}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -182,14 +181,19 @@ class Multi:
                     writer.close()
 
 
-def open_writers(cfg: LogConfig, workdir: Path, resume_step: int = 0) -> Multi:
-    """The writers of a run: metrics.jsonl, and tb/ if log.tensorboard.
+def open_writers(
+    cfg: LogConfig, workdir: Path, resume_step: int = 0, run: str = "run", ids: Ids = no_ids
+) -> Multi:
+    """The writers of a run: metrics.jsonl, tb/ if log.tensorboard, a page if log.prometheus_port.
 
-    Args: resume_step: last step of the restored state; 0 for a new run.
+    Args: resume_step: last step of the restored state; 0 for a new run. run: its name. ids: trace
+    and span id of the moment.
     """
-    makers: list[Callable[[], Writer]] = [lambda: JsonLines(workdir / "metrics.jsonl", resume_step)]
+    makers: list[Callable[[], Writer]] = [lambda: JsonLines(workdir / "metrics.jsonl", resume_step, ids)]
     if cfg.tensorboard:
         makers.append(lambda: TensorBoard(workdir / "tb", resume_step))
+    if cfg.prometheus_port:
+        makers.append(lambda: Prometheus(run, cfg.prometheus_port))
     writers: list[Writer] = []
     for make in makers:
         try:

@@ -4,18 +4,21 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
 from nanochat_jax import optim
 from nanochat_jax.checkpoint import Checkpointer, CheckpointError
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, LogConfig
 from nanochat_jax.model import flops
 from nanochat_jax.optim.build import Schedules
 from nanochat_jax.quant import project as projections
 from nanochat_jax.quant import ternary
-from nanochat_jax.telemetry import anomaly
+from nanochat_jax.telemetry import anomaly, goodput
 from nanochat_jax.telemetry.console import Progress
+from nanochat_jax.telemetry.goodput import Ledger
+from nanochat_jax.telemetry.trace import Trace
 from nanochat_jax.telemetry.writers import Multi
 from nanochat_jax.train.loop import Hook, StopTraining
 from nanochat_jax.types import Metrics, TrainState
@@ -30,31 +33,83 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def aside(hook: Hook, paused: list[float]) -> Hook:
-    """Note the seconds that a hook takes in `paused`, so that they do not count as training.
+def memory_now() -> dict[str, float]:
+    """Metrics of the device's memory at this moment; {} where it does not say (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"bytes_in_use": "perf/memory_in_use_gib", "bytes_limit": "perf/memory_limit_gib"}
+    return {name: stats[key] / 2**30 for key, name in names.items() if key in stats}
+
+
+def aside(hook: Hook, kind: str, ledger: Ledger, trace: Trace) -> Hook:
+    """Book the seconds that a hook takes on `kind`, so that they do not count as training, and make
+    it a span.
 
     The step that is still running when the hook is called does count: it is waited for first.
     """
 
     def run(done: int, state: TrainState, metrics: dict[str, float]) -> None:
         jax.block_until_ready(state)
-        start = time.perf_counter()
-        hook(done, state, metrics)
-        paused.append(time.perf_counter() - start)
+        with ledger.within(kind), trace.span(kind, step=done):
+            hook(done, state, metrics)
 
     return run
 
 
+def booked(hook: Hook, kind: str, ledger: Ledger) -> Hook:
+    """Book the host's time in a hook that runs beside the device's step."""
+
+    def run(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        with ledger.within(kind):
+            hook(done, state, metrics)
+
+    return run
+
+
+def profile(
+    steps: tuple[int, ...], directory: Path, progress: Progress, ledger: Ledger, trace: Trace
+) -> tuple[Hook, Callable[[], None]]:
+    """Trace the steps first..last with jax.profiler; nothing for ().
+
+    Returns: (hook, function that ends a trace which the end of the run cut short).
+    """
+    first, last = steps or (0, 0)
+    running = False
+
+    def start(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        nonlocal running
+        jax.profiler.start_trace(str(directory))
+        running = True
+
+    def stop() -> None:
+        nonlocal running
+        if running:
+            running = False
+            jax.profiler.stop_trace()
+            progress.print(f"profile | {directory}; show it with xprof or ui.perfetto.dev", "profile")
+
+    begin = aside(start, "profile", ledger, trace)
+    end = aside(lambda done, state, metrics: stop(), "profile", ledger, trace)
+
+    def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        if done and done == first - 1:
+            begin(done, state, metrics)
+        elif running and done in (0, last):  # 0: the run is over
+            end(done, state, metrics)
+
+    return hook, stop
+
+
 def log_metrics(
-    cfg: Config, schedules: Schedules, writers: Multi, progress: Progress, paused: list[float]
+    cfg: Config, schedules: Schedules, writers: Multi, progress: Progress, ledger: Ledger, trace: Trace
 ) -> Hook:
     """Average the metrics of an interval of steps, add speed and learning rates, write them out.
 
-    Args: paused: seconds of the interval spent in evaluation, samples and saving; emptied here.
+    Args: ledger: tells the seconds that were no training. trace: an interval is a span of it.
     """
     clock = time.perf_counter
     sums: dict[str, float] = {}
-    count, began, compiled = 0, clock(), False
+    count, began, compiled, pauses = 0, clock(), False, ledger.paused()
+    span = trace.begin("interval")
     tokens_per_step = cfg.data.batch * cfg.data.seq_len
     work = flops.train_flops_per_token(cfg.model, cfg.data.seq_len)
     kinds = [device.device_kind for device in jax.devices()]
@@ -66,9 +121,12 @@ def log_metrics(
     before: dict = {}
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
-        nonlocal count, began, compiled
+        nonlocal count, began, compiled, pauses, span
         if not metrics:
-            began = clock()  # the first step has just been compiled: its time is no speed
+            began, pauses = (
+                clock(),
+                ledger.paused(),
+            )  # the first step has just been compiled: its time is no speed
             return
         step = int(metrics["step"])
         if not compiled:  # nor is it a time of its own
@@ -83,8 +141,7 @@ def log_metrics(
         now = clock()
         # The clock of the interval, but at least what its steps took: when the interval is a single
         # step, that step may have been computed before the clock of the interval began.
-        seconds = max(now - began - sum(paused), 1e-3 * sums["perf/step_ms"], 1e-9)
-        paused.clear()
+        seconds = max(now - began - (ledger.paused() - pauses), 1e-3 * sums["perf/step_ms"], 1e-9)
         mean = {name: total / count for name, total in sums.items() if name != "step"}
         speed = tokens_per_step * count / seconds
         skipped = int(metrics.get("opt/skipped", 0))
@@ -95,7 +152,9 @@ def log_metrics(
             "perf/tokens_per_second": speed,
             "perf/step_ms": 1e3 * seconds / count,
             "perf/memory_gib": memory_gib(),
+            **memory_now(),
             "perf/eta_seconds": (cfg.train.steps - step) * seconds / count,
+            "perf/goodput": goodput.shares(ledger.seconds())["goodput/step"],
         }
         if peak:
             mean["perf/mfu"] = speed * work / (peak * len(kinds))
@@ -103,8 +162,10 @@ def log_metrics(
             mean |= _floats(_ternary(state, before, codes, health))
         writers.write(step, mean)
         progress.line(step, mean)
+        trace.end(span, step=step, steps=count, step_ms=mean["perf/step_ms"], data_ms=mean["data/wait_ms"])
+        span = trace.begin("interval")
         sums.clear()
-        count, began = 0, clock()
+        count, began, pauses = 0, clock(), ledger.paused()
 
     return hook
 
@@ -130,7 +191,8 @@ def evaluate(
         last.update(score(state), step=done)
         scores = {name: value for name, value in last.items() if name != "step"}
         writers.write(done, scores)
-        progress.print(f"eval {done} | bpb {last['eval/bpb']:.4f} | loss {last['eval/loss']:.4f}")
+        text = f"eval {done} | bpb {last['eval/bpb']:.4f} | loss {last['eval/loss']:.4f}"
+        progress.print(text, "eval", step=done, **scores)
 
     return hook
 
@@ -141,33 +203,40 @@ def sample(text: Callable[[TrainState], str], writers: Multi, progress: Progress
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
         value = text(state)
         writers.text(done, "eval/sample", value)
-        progress.print("sample | " + value.replace("\n", "\n       | "))
+        progress.print("sample | " + value.replace("\n", "\n       | "), "sample", step=done)
 
     return hook
 
 
-def watch(writers: Multi, progress: Progress) -> Hook:
+def watch(cfg: LogConfig, writers: Multi, progress: Progress) -> Hook:
     """Report what `telemetry.anomaly` notices in the metrics of a step. Training goes on: non-finite
     steps are skipped anyway, and what a spike means is for a person to say."""
     states: dict[str, anomaly.State] = {}
+    table = anomaly.detectors(cfg)
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
         nonlocal states
         if not metrics:
             return
-        states, events = anomaly.check(states, metrics)
+        states, events = anomaly.check(states, metrics, table)
         for event in events:
-            writers.text(int(metrics["step"]), "anomaly", str(event))
-            progress.print(f"anomaly {int(metrics['step'])} | {event}")
+            step = int(metrics["step"])
+            writers.text(step, "anomaly", str(event))
+            progress.print(f"anomaly {step} | {event}", "anomaly", "warning", step=step, kind=event.kind)
 
     return hook
 
 
 def save(
-    checkpoints: Checkpointer, misc: Callable[[int], dict], progress: Progress, paused: list[float]
+    checkpoints: Checkpointer,
+    misc: Callable[[int], dict],
+    writers: Multi,
+    progress: Progress,
+    ledger: Ledger,
+    trace: Trace,
 ) -> Hook:
     """Save when it is due. A save that cannot be made is reported; training goes on, because the
-    previous checkpoint is intact and space may come back. `paused` is as in `aside`."""
+    previous checkpoint is intact and space may come back. Booked as in `aside`."""
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
         try:
@@ -176,11 +245,13 @@ def save(
                 return
             jax.block_until_ready(state)
             start = time.perf_counter()
-            checkpoints.save(done, state, misc(done))
-            paused.append(time.perf_counter() - start)
-            progress.print(f"save {done} | blocked for {1e3 * (time.perf_counter() - start):.0f} ms")
+            with ledger.within("checkpoint"), trace.span("checkpoint", step=done):
+                checkpoints.save(done, state, misc(done))
+            blocked = 1e3 * (time.perf_counter() - start)
+            writers.write(done, {"perf/save_ms": blocked})
+            progress.print(f"save {done} | blocked for {blocked:.0f} ms", "checkpoint", step=done, ms=blocked)
         except CheckpointError as error:
-            progress.print(f"warning: {error}")
+            progress.print(f"warning: {error}", "checkpoint", "warning", step=done)
 
     return hook
 

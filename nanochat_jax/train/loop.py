@@ -44,7 +44,8 @@ def run(
             start = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - start
-            state, metrics = step_fn(state, batch)
+            with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):  # for log.profile_steps
+                state, metrics = step_fn(state, batch)
             done += 1
             arrived = _fetch(pending)
             # Without the hooks: dispatching this step and waiting for the one before.

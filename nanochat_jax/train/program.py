@@ -23,8 +23,9 @@ from nanochat_jax.evals import loss as eval_loss
 from nanochat_jax.inference import engine, load
 from nanochat_jax.model import flops, transformer
 from nanochat_jax.quant import project as projections
-from nanochat_jax.telemetry import manifest
+from nanochat_jax.telemetry import goodput, logs, manifest
 from nanochat_jax.telemetry.console import Progress, duration, si
+from nanochat_jax.telemetry.trace import Exporter, SpanFile, Trace
 from nanochat_jax.telemetry.writers import open_writers
 from nanochat_jax.train import hooks, loop
 from nanochat_jax.train import step as steps
@@ -175,7 +176,11 @@ def train(
     cfg: Config, home: Path, cache: Path, facts: dict, resume: str, interrupted: Callable[[], bool]
 ) -> int:
     """Run to the end of the config. Returns the exit status: 0, 1 (stopped), 130 (interrupted)."""
-    progress = Progress(cfg.train.steps)
+    ledger, trace, exporter = goodput.Ledger(), *_trace(cfg, home, facts)
+    progress = Progress(cfg.train.steps, None, cfg.log.format, trace.ids)
+    if cfg.log.format == "json":  # warnings, and other packages' lines, too
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logs.JsonFormatter(trace.ids))
     corpus = shards.prepare(cfg.data, cfg.model.vocab_size, cache / "tokens", progress.print)
     with checkpoint.Checkpointer(cfg.ckpt, home / "ckpt") as checkpoints:
         parts, state, extension, origin = start_state(cfg, home, checkpoints, resume)
@@ -188,7 +193,8 @@ def train(
         manifest.write(home, cfg, facts)
         corpus.tokenizer.save(home / "tokenizer.json")
         _banner(cfg, home, corpus, progress, origin, device)
-        writers = open_writers(cfg.log, home, first)
+        span = trace.begin("run", run=cfg.name, first_step=first)
+        writers = open_writers(cfg.log, home, first, cfg.name, trace.ids)
         if first == 0:
             writers.text(0, "config", json.dumps(manifest.to_dict(cfg), indent=1))
 
@@ -203,28 +209,38 @@ def train(
         scores: dict[str, float] = {}
         evaluate = hooks.evaluate(_scorer(cfg, parts, corpus), writers, progress, scores)
         sample = hooks.sample(_sampler(cfg, corpus), writers, progress)
-        paused: list[float] = []
-        scored = [loop.every(cfg.eval.every_steps, hooks.aside(evaluate, paused))]
+        evaluate = hooks.aside(evaluate, "eval", ledger, trace)
+        sample = hooks.aside(sample, "eval", ledger, trace)
+        scored = [loop.every(cfg.eval.every_steps, evaluate)]
         if cfg.eval.sample_tokens:
-            scored.append(loop.every(cfg.eval.every_steps, hooks.aside(sample, paused)))
+            scored.append(loop.every(cfg.eval.every_steps, sample))
+        log_metrics = hooks.log_metrics(cfg, parts.schedules, writers, progress, ledger, trace)
+        profile, stop_profile = hooks.profile(
+            cfg.log.profile_steps, home / "profile", progress, ledger, trace
+        )
         wanted = [
-            hooks.log_metrics(cfg, parts.schedules, writers, progress, paused),
-            hooks.watch(writers, progress),
+            hooks.booked(log_metrics, "telemetry", ledger),
+            hooks.booked(hooks.watch(cfg.log, writers, progress), "telemetry", ledger),
             *scored,
-            hooks.save(checkpoints, misc, progress, paused),
+            hooks.save(checkpoints, misc, writers, progress, ledger, trace),
+            profile,
             hooks.stop_when(interrupted, cfg.opt.skip_nonfinite),
         ]
         if first < cfg.train.steps:
             progress.print("compiling the step")
         batches = pipeline.batches(cfg.data, corpus, cfg.seed, first)
-        on_device = parallel.prefetch(batches, parts.mesh)
+        on_device = goodput.waiting(parallel.prefetch(batches, parts.mesh), ledger)
         began = time.perf_counter()
         try:
-            state, reason = loop.run(
-                _timed_first(parts.step, progress), state, on_device, wanted, cfg.train.steps
-            )
+            with ledger.within("step"):
+                step = _timed_first(parts.step, progress, ledger)
+                state, reason = loop.run(step, state, on_device, wanted, cfg.train.steps)
+        except BaseException as error:
+            trace.end(span, error=f"{type(error).__name__}: {error}")
+            raise
         finally:
             batches.close()
+            stop_profile()
         done, took = int(state.step), time.perf_counter() - began
         if not reason and scores.get("step") != done:
             evaluate(done, state, {})
@@ -234,11 +250,17 @@ def train(
             and (not cfg.eval.every_steps or done % cfg.eval.every_steps)
         ):
             sample(done, state, {})
-        checkpoints.save(done, state, misc(done), wait=True)
-        manifest.write_result(
-            home, misc(done) | {"state_sha256": checkpoint.state_sha256(state), "stop": reason}
-        )
+        with ledger.within("checkpoint"), trace.span("checkpoint", step=done):
+            checkpoints.save(done, state, misc(done), wait=True)
+        seconds = ledger.seconds()
+        result = {"state_sha256": checkpoint.state_sha256(state), "stop": reason, "seconds": seconds}
+        manifest.write_result(home, misc(done) | result)
+        writers.write(done, goodput.shares(seconds))
         writers.close()
+        trace.end(span, error=reason, last_step=done)
+        if exporter:
+            exporter.close()
+    progress.print(goodput.line(seconds), "goodput", **goodput.shares(seconds))
     if reason:
         progress.print(f"stopped at step {done}: {reason}\nthe same command continues this run")
         return 130 if reason == "interrupted" else 1
@@ -246,13 +268,23 @@ def train(
     return 0
 
 
-def _timed_first(step_fn: steps.StepFn, progress: Progress) -> steps.StepFn:
+def _trace(cfg: Config, home: Path, facts: dict) -> tuple[Trace, Exporter | None]:
+    """The trace of this start of a run: into spans.jsonl, and to the collector of log.otlp."""
+    exporter = None
+    if cfg.log.otlp:
+        exporter = Exporter(cfg.log.otlp, {"service.name": "nanochat_jax", "run": cfg.name})
+    sinks = (SpanFile(home / "spans.jsonl"), *([exporter] if exporter else []))
+    return Trace(sinks, facts.get("environment", {}).get("TRACEPARENT", "")), exporter
+
+
+def _timed_first(step_fn: steps.StepFn, progress: Progress, ledger: goodput.Ledger) -> steps.StepFn:
     """Say how long the first call took, and warn if a later one compiles again."""
     calls = itertools.count()
 
     def timed(state, batch):
         index, start = next(calls), time.perf_counter()
-        result = step_fn(state, batch)
+        with ledger.within("compile" if index == 0 else "step"):
+            result = step_fn(state, batch)
         if index == 0:
             progress.print(f"compiled in {time.perf_counter() - start:.1f} s")
         elif (traces := step_fn._cache_size()) > 1:  # type: ignore[attr-defined]

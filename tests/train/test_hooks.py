@@ -5,7 +5,10 @@ import time
 import jax.numpy as jnp
 import pytest
 
+from nanochat_jax.config import LogConfig
 from nanochat_jax.telemetry.anomaly import MIN_VALUES
+from nanochat_jax.telemetry.goodput import Ledger
+from nanochat_jax.telemetry.trace import Trace
 from nanochat_jax.train import hooks, loop, verify
 
 
@@ -15,7 +18,7 @@ class Sink:
     def __init__(self):
         self.printed, self.texts = [], []
 
-    def print(self, line):
+    def print(self, line, event="", level="", **fields):
         self.printed.append(line)
 
     def text(self, step, tag, value):
@@ -24,7 +27,7 @@ class Sink:
 
 def test_watch_reports_a_spike_of_one_step_once():
     sink = Sink()
-    hook = hooks.watch(sink, sink)
+    hook = hooks.watch(LogConfig(), sink, sink)
     hook(1, None, {})  # before the first metrics
     for step in range(1, MIN_VALUES + 1):
         hook(step + 1, None, {"step": float(step), "loss/next_token": 2.0 + 0.01 * (step % 3)})
@@ -37,7 +40,7 @@ def test_watch_reports_a_spike_of_one_step_once():
 
 def test_watch_reports_starved_steps():
     sink = Sink()
-    hook = hooks.watch(sink, sink)
+    hook = hooks.watch(LogConfig(), sink, sink)
     for step in range(MIN_VALUES):
         hook(step, None, {"step": float(step), "data/wait_ms": 30.0, "perf/step_ms": 100.0})
     assert len(sink.printed) == 1 and "waiting for data: 0.3" in sink.printed[0]
@@ -63,9 +66,11 @@ def test_the_loop_measures_each_step():
 
 
 def test_a_pause_is_the_time_of_the_hook_only():
-    paused = []
-    hooks.aside(lambda done, state, metrics: time.sleep(0.02), paused)(1, jnp.ones(3), {})
-    assert len(paused) == 1 and paused[0] >= 0.02
+    ledger, spans = Ledger(), []
+    trace = Trace((spans.append,))
+    hooks.aside(lambda done, state, metrics: time.sleep(0.02), "eval", ledger, trace)(1, jnp.ones(3), {})
+    assert ledger.paused() == ledger.seconds()["eval"] >= 0.02
+    assert [span["name"] for span in spans] == ["eval"]
 
 
 @pytest.mark.parametrize(
