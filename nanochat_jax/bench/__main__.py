@@ -16,7 +16,8 @@ FLAGS = {
     "arms": cli.Flag("", "ablate: only these arms, or chains of arms, e.g. muon,adamw"),
     "report": cli.Flag(False, "ablate: train nothing, only write the report"),
 }
-KINDS = {"throughput": True, "optimizers": False, "ablate": False}  # kind -> does it need --config
+# kind -> does it need --config
+KINDS = {"throughput": True, "optimizers": False, "ablate": False, "telemetry": True}
 
 
 def main(kind: str, cfg: Config, call: cli.Invocation) -> int:
@@ -28,7 +29,7 @@ def main(kind: str, cfg: Config, call: cli.Invocation) -> int:
         with cli.Interrupt() as interrupt:
             record, text = commands.ablate(call, lambda: interrupt.requested)
     else:
-        record, text = {"throughput": commands.throughput, "optimizers": commands.optimizers}[kind](cfg, call)
+        record, text = commands.COMMANDS[kind](cfg, call)
     print(json.dumps(record, indent=1) if call.json else text)
     return record.get("status", 0)
 

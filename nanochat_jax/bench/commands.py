@@ -10,6 +10,7 @@ import jax
 from nanochat_jax.bench import ablate as ablation
 from nanochat_jax.bench import ablate_report as report
 from nanochat_jax.bench import optimizers as memory
+from nanochat_jax.bench import telemetry as watching
 from nanochat_jax.bench import throughput as speed
 from nanochat_jax.config import Config, ConfigError
 
@@ -27,6 +28,15 @@ def optimizers(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
     trees = tuple(filter(None, flags.trees.split(","))) or tuple(memory.TREES)
     record = memory.optimizers(flags.blocks, flags.steps, trees)
     return record, memory.table(record)
+
+
+def telemetry(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
+    """Time that telemetry takes per step. Flags: blocks, steps."""
+    record = watching.telemetry(cfg, flags.blocks, flags.steps)
+    return record, watching.line(record)
+
+
+COMMANDS = {"throughput": throughput, "optimizers": optimizers, "telemetry": telemetry}
 
 
 def ablate(flags: Any, interrupted: Callable[[], bool]) -> tuple[dict[str, Any], str]:

@@ -52,7 +52,8 @@ class Event:
     hint: str
 
     def __str__(self) -> str:
-        limit = f" (usually {self.median:.4g}, limit {self.threshold:.4g})" * math.isfinite(self.threshold)
+        usual = f"usually {self.median:.4g}, " * math.isfinite(self.median)
+        limit = f" ({usual}limit {self.threshold:.4g})" * math.isfinite(self.threshold)
         return f"{self.kind}: {self.value:.4g}{limit}; {self.hint}"
 
 

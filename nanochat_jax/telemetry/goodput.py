@@ -19,7 +19,7 @@ class Ledger:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
-        self._seconds: dict[str, float] = {kind: 0.0 for kind in KINDS}
+        self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self._open = ["other"]
         self._since = clock()
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from nanochat_jax.config import LogConfig
 from nanochat_jax.telemetry import anomaly
 from nanochat_jax.telemetry.anomaly import COOL_DOWN, MIN_VALUES, WINDOW, State
 
@@ -106,6 +107,7 @@ def test_a_starved_loop_is_noticed():
 def test_check_runs_what_is_there_and_keeps_its_input():
     states: dict = {}
     metrics = {"loss/next_token": 2.0, "opt/grad_norm": 1.0, "data/wait_ms": 1.0, "perf/step_ms": 100.0}
+    metrics["loss/entropy"] = 2.0
     for _ in range(40):
         before = dict(states)
         states, events = anomaly.check(states, metrics)
@@ -123,3 +125,46 @@ def test_states_survive_json():
     _, state = watch(anomaly.loss_spike, np.linspace(3, 2, 200))
     again = State(**json.loads(json.dumps(dataclasses.asdict(state))))
     assert dataclasses.replace(again, values=tuple(again.values)) == state
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_entropy_that_follows_the_loss_is_no_event_and_one_that_falls_is(seed):
+    losses, _ = healthy(seed, 3000)
+    assert watch(anomaly.entropy_drop, losses)[0] == []
+    losses[2000] -= 1.5
+    ((index, event),) = watch(anomaly.entropy_drop, losses)[0]
+    assert index == 2000 and event.kind == "entropy drop"
+    assert event.value == losses[2000] < event.threshold < event.median
+
+
+def test_steps_that_stay_slow_are_told_and_single_ones_are_not():
+    rng = np.random.default_rng(0)
+    times = 50.0 * np.exp(0.05 * rng.normal(size=1000))
+    times[0] = 0.0  # the step that compiled
+    times[100:900:50] *= 4
+    assert watch(anomaly.slow_steps, times)[0] == []
+    times[500:508] *= 2
+    ((index, event),) = watch(anomaly.slow_steps, times)[0]
+    assert index == 507 and event.kind == "slow steps"
+    assert event.value == pytest.approx(times[507]) and event.median == pytest.approx(50, rel=0.1)
+    # A new level is learnt: two reminders, then silence.
+    times[500:] *= 2
+    assert 1 <= len(watch(anomaly.slow_steps, times)[0]) <= 3
+
+
+def test_fixed_limits_are_options():
+    metrics = {"loss/entropy": 4.0, "opt/grad_norm": 11.0}
+    assert anomaly.detectors(LogConfig()) == anomaly.DETECTORS
+    assert anomaly.check({}, metrics, anomaly.detectors(LogConfig()))[1] == []
+    table = anomaly.detectors(LogConfig(min_entropy=5.0, max_grad_norm=10.0))
+    states, events = anomaly.check({}, metrics, table)
+    assert [(e.kind, e.value, e.threshold) for e in events] == [
+        ("low entropy", 4.0, 5.0),
+        ("large gradient", 11.0, 10.0),
+    ]
+    assert str(events[0]).startswith("low entropy: 4 (limit 5); ")
+    for _ in range(COOL_DOWN - 1):
+        states, events = anomaly.check(states, metrics, table)
+        assert events == []
+    assert len(anomaly.check(states, metrics, table)[1]) == 2
+    assert anomaly.check({}, {"loss/entropy": 5.0, "opt/grad_norm": 10.0}, table)[1] == []

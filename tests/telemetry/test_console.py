@@ -1,6 +1,7 @@
 """Progress: the log line's fixed order, and a bar that never damages what was printed."""
 
 import io
+import json
 import math
 
 import pytest
@@ -96,3 +97,20 @@ def test_a_reader_that_has_gone_does_not_stop_the_run(error):
     progress = console.Progress(10, Gone())
     progress.bar(5, 3.0)
     progress.line(5, {})
+
+
+def test_json_lines_instead_of_text():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    progress = console.Progress(10, stream, "json", lambda: {"trace_id": "t", "span_id": "s"})
+    progress.bar(1, 2.0)  # nothing: a bar is no line
+    progress.line(5, {"loss/next_token": 3.5, "opt/grad_norm": float("nan")})
+    progress.print("warning: two\nlines", "checkpoint", "warning", step=5)
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert (first["event"], first["step"], first["steps"], first["loss/next_token"]) == ("step", 5, 10, 3.5)
+    assert first["opt/grad_norm"] is None and (first["trace_id"], first["span_id"]) == ("t", "s")
+    assert (second["event"], second["level"], second["msg"]) == (
+        "checkpoint",
+        "warning",
+        "warning: two\nlines",
+    )
