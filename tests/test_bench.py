@@ -17,7 +17,7 @@ def run(child_env, *arguments):
     ("arguments", "message"),
     [
         (["optimizer"], "Did you mean 'optimizers'?"),
-        ([], "known: ablate, optimizers, throughput"),
+        ([], "known: ablate, optimizers, telemetry, throughput"),
         (["throughput"], "--config is missing"),
         (["optimizers", "--trees=tinny"], "no tree 'tinny'. Did you mean 'tiny'?"),
     ],
@@ -41,3 +41,12 @@ def test_optimizers_on_the_tiny_tree(child_env):
     result = run(child_env, "optimizers", "--trees=tiny", "--blocks=1", "--steps=1")
     assert result.returncode == 0, result.stderr
     assert "tiny: 5." in result.stdout and "galore(muon 8-bit)" in result.stdout
+
+
+@pytest.mark.multiprocess
+def test_telemetry_of_the_smoke_model(child_env):
+    result = run(child_env, "telemetry", "--config=smoke", "--json", "--blocks=1", "--steps=1")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["share"] == record["telemetry_ms"]["median"] / record["step_ms"]
+    assert record["bytes_per_step"] > 0 and record["every_steps"] == 5

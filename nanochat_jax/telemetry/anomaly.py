@@ -149,7 +149,9 @@ def _spike(
     if len(after.values) < MIN_VALUES:
         return replace(after, values=(*after.values, value)), None
     median = statistics.median(after.values)
-    sigma = SIGMA_OF_MAD * statistics.median(abs(v - median) for v in after.values)
+    if value <= median + margin:  # whatever the spread: it need not be computed at every step
+        return replace(after, values=(*after.values, value)[-WINDOW:], rejected=0), None
+    sigma = SIGMA_OF_MAD * statistics.median([abs(v - median) for v in after.values])
     threshold = median + max(SIGMAS * sigma, margin)
     if value <= threshold:
         return replace(after, values=(*after.values, value)[-WINDOW:], rejected=0), None

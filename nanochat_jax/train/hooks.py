@@ -118,6 +118,7 @@ def log_metrics(
     roles = project.ternary_roles()
     codes = jax.jit(lambda params: ternary.all_codes(params, roles, project.group))
     health = jax.jit(ternary.health)
+    rates_at = jax.jit(lambda step: optim.learning_rates(schedules, step))  # op by op it takes milliseconds
     before: dict = {}
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
@@ -145,8 +146,7 @@ def log_metrics(
         mean = {name: total / count for name, total in sums.items() if name != "step"}
         speed = tokens_per_step * count / seconds
         skipped = int(metrics.get("opt/skipped", 0))
-        rates = optim.learning_rates(schedules, step - 1 - skipped)
-        mean |= {name: float(value) for name, value in jax.device_get(rates).items()}
+        mean |= _floats(rates_at(step - 1 - skipped))
         mean |= {name: metrics[name] for name in ("opt/skipped", "opt/skipped_in_a_row") if name in metrics}
         mean |= {
             "perf/tokens_per_second": speed,
