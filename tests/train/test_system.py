@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -352,3 +353,34 @@ def test_verify_resume_command(child_env, chain):
     result = subprocess.run(command, env=child_env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("identical") == 3
+
+
+@pytest.mark.slow
+def test_a_run_tells_where_its_time_went(tmp_path, capsys):
+    """Goodput adds up to the wall time; spans form one tree for each start; log lines name them."""
+    log = dataclasses.replace(BASE.log, every_steps=2, format="json")
+    cfg, home = small(tmp_path)
+    cfg = dataclasses.replace(cfg, log=log)
+    began = time.perf_counter()
+    assert train(cfg, home, tmp_path, stop_at=7) == 130
+    assert train(cfg, home, tmp_path) == 0
+    took = time.perf_counter() - began
+    spans = [program.json.loads(line) for line in (home / "spans.jsonl").read_text().splitlines()]
+    runs = [span for span in spans if span["name"] == "run"]
+    assert len(runs) == 2 and runs[0]["status"]["message"] == "interrupted" and "status" not in runs[1]
+    known = {span["spanId"]: span for span in spans}
+    for span in spans:
+        assert span["name"] == "run" or span["traceId"] == known[span["parentSpanId"]]["traceId"]
+    outer = {(s["name"], known[s["parentSpanId"]]["name"]) for s in spans if s["name"] != "run"}
+    assert outer == {("interval", "run"), ("checkpoint", "interval"), ("eval", "interval")}
+    rows = [program.json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["trace_id"] == known[row["span_id"]]["traceId"] for row in rows)
+    last = {name: value for name, value in rows[-1].items() if name.startswith("goodput/")}
+    wall = last.pop("goodput/wall_seconds")
+    assert wall < took and sum(last.values()) == pytest.approx(1.0)
+    assert min(last[f"goodput/{kind}"] for kind in ("step", "compile", "checkpoint", "eval", "data")) > 0
+    seconds = program.json.loads((home / "result.json").read_text())["seconds"]
+    assert seconds["compile"] / wall == pytest.approx(last["goodput/compile"])
+    printed = [program.json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert {"step", "eval", "checkpoint", "goodput"} <= {line["event"] for line in printed}
+    assert all(line["trace_id"] in {run["traceId"] for run in runs} for line in printed)
