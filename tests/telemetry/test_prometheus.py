@@ -59,6 +59,7 @@ def test_a_scrape_shows_the_last_values(page):
     }  # fmt: skip
 
 
+@hypothesis.example("a\\nb\\\\", {"a/b": float("-inf")}, {'x"y\nz\\': 3})
 @hypothesis.given(
     st.text(),
     st.dictionaries(st.text(max_size=8), st.floats()),

@@ -165,6 +165,7 @@ def test_the_collector_gets_every_span(collector):
         with t.span("run"), t.span("eval", step=1):
             pass
     exporter.close()
+    assert not exporter._thread.is_alive()
     assert all(headers["Content-Type"] == "application/json" for headers, _ in bodies)
     posted = []
     for _, body in bodies:
