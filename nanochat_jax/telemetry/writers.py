@@ -138,10 +138,11 @@ class TensorBoard:
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
-        if self._open:
+        file = self._records._writer
+        if self._open and file:
             # The file's flush and not the record writer's (tensorboardX 2.6.5), which also waits for
             # the disk: milliseconds per interval, and seconds on a network file system.
-            self._records._writer.flush()
+            file.flush()
 
     def close(self) -> None:
         """Write everything out; closing twice is harmless."""

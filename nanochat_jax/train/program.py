@@ -237,6 +237,8 @@ def train(
                 state, reason = loop.run(step, state, on_device, wanted, cfg.train.steps)
         except BaseException as error:
             trace.end(span, error=f"{type(error).__name__}: {error}")
+            if exporter:
+                exporter.close()
             raise
         finally:
             batches.close()
