@@ -3,9 +3,13 @@
 An operation is one function with a dict of implementations. An implementation that cannot serve a
 shape, dtype or device raises `NotImplementedError(reason)`; `first` takes the next one. Where
 several implementations give the same bits, `fastest` times them once per process on this device.
+`probe` asks once per process whether something works here at all, in a child that may crash or hang.
 """
 
 import functools
+import logging
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -63,3 +67,38 @@ def _best_time(function: Callable[..., Any], concrete: tuple, runs: int) -> floa
 def backend() -> str:
     """Platform of the default device: cpu, gpu or tpu."""
     return jax.default_backend()
+
+
+_CHILD = """
+import sys
+try:
+    from {module} import {name}
+    {name}()
+except Exception as error:
+    sys.exit(" ".join(f"{{type(error).__name__}}: {{error}}".split())[:500])
+"""
+
+
+@functools.cache
+def probe(check: str, seconds: float = 180) -> str:
+    """Run the function "module:name" in a process of its own; remember the verdict, log a failure once.
+
+    A kernel that a driver or compiler cannot take may end the process or never return: the child may,
+    this process goes on. The child takes device memory only as it needs it, beside this process.
+    Returns: "" if it passed within `seconds`, else the reason in one line.
+    """
+    module, name = check.split(":")
+    command = ["env", "XLA_PYTHON_CLIENT_PREALLOCATE=false", sys.executable, "-c"]
+    command.append(_CHILD.format(module=module, name=name))
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {seconds:g} s"
+    except OSError as error:
+        reason = f"no child process: {error}"
+    else:
+        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        reason = "" if child.returncode == 0 else lines[-1]
+    if reason:
+        logging.getLogger(__name__).warning("%s fails here, falling back to plain XLA: %s", module, reason)
+    return reason

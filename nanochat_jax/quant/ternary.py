@@ -60,13 +60,16 @@ def dequantize(t: jax.Array, gamma: jax.Array) -> jax.Array:
     return (gamma * view).reshape(t.shape)
 
 
-def int8_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def int8_rows(x: jax.Array, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
     """Quantize each row of the last axis to 8 bits.
 
+    Args: axis: inside shard_map, the mesh axis over which rows are split: all parts share one scale.
     Returns: (q int8 in [-127, 127], inverse scale float32 [..., 1]) with x close to q * inverse.
     """
     x = x.astype(jnp.float32)
-    inverse = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-5) / 127
+    largest = jnp.max(jnp.abs(x), -1, keepdims=True)
+    largest = largest if axis is None else jax.lax.pmax(largest, axis)
+    inverse = jnp.maximum(largest, 1e-5) / 127
     return jnp.round(x * (1 / inverse)).astype(jnp.int8), inverse
 
 

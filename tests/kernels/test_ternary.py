@@ -1,0 +1,281 @@
+"""The packed ternary product: layout, exact integers from every implementation, refusals, the probe,
+and lowering for CUDA. Nothing here runs on a GPU."""
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat_jax.kernels import dispatch, ternary, ternary_pallas, tuning
+from nanochat_jax.kernels.tuning import Blocks
+
+# GPU lowering of Pallas through Triton is deprecated since jax 0.11; ADR and removal plan: kernels/ternary.py.
+pytestmark = pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
+
+GEMV, GEMM = Blocks("gemv", 16, 16, 1, 4, 4), Blocks("gemm", 16, 32, 1, 4, 3)
+
+
+def case(M, N, K, dtype=np.int8, seed=0):
+    """(x, t, codes): activations in dtype that hold integers, ternary [N, K], packed."""
+    rng = np.random.default_rng(seed)
+    q = rng.integers(-127, 128, (M, K))
+    t = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    return jnp.asarray(q, dtype), t, ternary.pack(jnp.asarray(t))
+
+
+def integers(x, t):
+    return np.asarray(x).astype(np.int64) @ t.T.astype(np.int64)
+
+
+# --- layout
+
+
+def test_golden_bytes():
+    """Input 64 j + r of a group is bits 2j, 2j + 1 of byte r; code = t + 1; padding has code 1."""
+    t = np.zeros((1, 256), np.int8)
+    t[0, [0, 64, 128, 192]] = [-1, 0, 1, 1]  # codes 0, 1, 2, 2 from the lowest bits up
+    t[0, 1] = -1
+    packed = np.asarray(ternary.pack(jnp.asarray(t)))
+    assert packed.shape == (1, 64) and packed[0, 0] == 0b10100100 and packed[0, 1] == 0b01010100
+    assert set(packed[0, 2:].tolist()) == {0b01010101}
+    np.testing.assert_array_equal(ternary.pack(jnp.zeros((2, 3), jnp.int8)), np.full((2, 64), 0x55))
+
+
+def test_every_position_of_a_group_meets_its_own_activation():
+    t = np.eye(256, dtype=np.int8)
+    x = jnp.arange(256, dtype=jnp.int32)[None] - 128
+    x = jnp.clip(x, -127, 127).astype(jnp.int8)
+    for impl in ("reference", "interpret"):
+        got = ternary.ternary_dot(x, ternary.pack(jnp.asarray(t)), impl=impl)
+        np.testing.assert_array_equal(got, x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([1, 64, 255, 256, 257, 600]), st.integers(0, 2**31 - 1))
+def test_round_trip(m, seed):
+    n = 3
+    t = np.random.default_rng(seed).integers(-1, 2, (n, m)).astype(np.int8)
+    codes = ternary.pack(jnp.asarray(t))
+    assert codes.shape == (n, -(-m // 256) * 64) and codes.dtype == jnp.uint8
+    np.testing.assert_array_equal(ternary.unpack(codes, m), t)
+    np.testing.assert_array_equal(ternary.pack(ternary.unpack(codes, m)), codes)
+
+
+def test_wrong_sizes_are_errors():
+    x, _, codes = case(2, 16, 300)
+    with pytest.raises(ValueError, match=r"x has 300 inputs, packed in 128 bytes, but codes have 64"):
+        ternary.ternary_dot(x, codes[:, :64])
+    with pytest.raises(ValueError, match=r"fits neither 16 outputs nor groups of 300 inputs"):
+        ternary.ternary_dot(x, codes, jnp.ones((7, 16)))
+    with pytest.raises(ValueError, match="must be int8, bfloat16 or float32, got float16"):
+        ternary.ternary_dot(x.astype(jnp.float16), codes)
+    with pytest.raises(ValueError, match="600 inputs take 192 bytes per output"):
+        ternary.unpack(codes, 600)
+
+
+# --- implementations x shapes x scales
+
+SHAPES = [
+    (1, 64, 256), (2, 48, 512), (3, 16, 300), (15, 16, 768), (16, 32, 1024), (17, 80, 320), (70, 64, 512),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_gives_the_exact_integers(impl, shape):
+    x, t, codes = case(*shape)
+    got = ternary.ternary_dot(x, codes, impl=impl)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, integers(x, t))
+
+
+@pytest.mark.parametrize("value", [-127, 127])
+def test_extreme_sums(value):
+    """The largest sums in absolute value, and no weight at all."""
+    x = jnp.full((4, 1024), value, jnp.int8)
+    t = np.concatenate([np.ones((16, 1024)), -np.ones((16, 1024)), np.zeros((16, 1024))]).astype(np.int8)
+    for impl in ("reference", "interpret"):
+        got = ternary.ternary_dot(x, ternary.pack(jnp.asarray(t)), impl=impl)
+        np.testing.assert_array_equal(got, integers(x, t))
+
+
+@pytest.mark.parametrize(("M", "blocks"), [
+    (1, GEMM), (3, GEMV._replace(split_k=2, bn=32)), (2, GEMV._replace(split_k=8)), (16, GEMV),
+    (5, GEMM._replace(split_k=2, bn=64)), (7, GEMM._replace(bm=64)), (40, GEMM._replace(bm=32, split_k=3)),
+])  # fmt: skip
+def test_every_cut_gives_the_same_integers(M, blocks):
+    x, t, codes = case(M, 96, 1280)  # five groups: parts of unequal length
+    got = ternary_pallas.dot(x, codes, None, blocks, interpret=True)
+    np.testing.assert_array_equal(got, integers(x, t))
+
+
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+@pytest.mark.parametrize("shape", [(1, 32, 512), (16, 32, 300), (70, 64, 256)])
+def test_bfloat16_activations(impl, shape):
+    """Products with -1, 0, 1 are exact; only the order of the float32 sums differs from float64."""
+    _, t, codes = case(*shape)
+    x = jax.random.normal(jax.random.key(1), (shape[0], shape[2])).astype(jnp.bfloat16)
+    x64 = np.asarray(x, np.float64)
+    bound = 1e-6 * np.abs(x64) @ np.abs(t.T)
+    assert np.all(np.abs(ternary.ternary_dot(x, codes, impl=impl) - x64 @ t.T) <= bound + 1e-7)
+
+
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("K", "group"), [(512, 64), (512, 128), (1024, 512), (320, 64), (384, 192)])
+@pytest.mark.parametrize("M", [3, 20])
+def test_scales_of_groups(impl, dtype, K, group, M):
+    if dtype == jnp.float32 and impl == "interpret" and M > 16:
+        pytest.skip("refused, see below")
+    x, t, codes = case(M, 32, K, dtype)
+    scale = np.random.default_rng(1).uniform(0.1, 3, (K // group, 32)).astype(np.float32)
+    weights = t.T * np.repeat(scale, group, 0).astype(np.float64)
+    want = np.asarray(x, np.float64) @ weights
+    got = ternary.ternary_dot(x, codes, jnp.asarray(scale), impl=impl)
+    bound = 1e-6 * np.abs(np.asarray(x, np.float64)) @ np.abs(weights)
+    assert np.all(np.abs(got - want) <= bound)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "blocks", "reason"),
+    [
+        ((2, 40, 256), GEMV, "40 outputs are no multiple of 16"),
+        ((17, 32, 256), GEMV, "a gemv takes at most 16 rows, got 17"),
+        ((17, 32, 256, np.float32), GEMM, "tensor cores need int8 or bfloat16 activations, got float32"),
+    ],
+)
+def test_refusals(arguments, blocks, reason):
+    x, _, codes = case(*arguments)
+    with pytest.raises(NotImplementedError, match=reason):
+        ternary_pallas.dot(x, codes, None, blocks, interpret=True)
+    if arguments[1] == 40:  # the reference serves it
+        x, t, codes = case(*arguments)
+        np.testing.assert_array_equal(ternary.ternary_dot(x, codes), integers(x, t))
+
+
+def test_groups_that_cut_planes_are_refused_and_served_by_the_reference():
+    x, t, codes = case(2, 16, 256)
+    scale = jnp.ones((8, 16))
+    with pytest.raises(NotImplementedError, match="groups of 32 inputs are no multiple of 64"):
+        ternary_pallas.dot(x, codes, scale, GEMV, interpret=True)
+    np.testing.assert_allclose(ternary.ternary_dot(x, codes, scale), integers(x, t), rtol=1e-6)
+
+
+# --- dispatch
+
+
+def test_off_gpu_auto_is_the_reference_and_the_kernel_says_why_not():
+    x, t, codes = case(2, 16, 256)
+    np.testing.assert_array_equal(ternary.ternary_dot(x, codes), integers(x, t))
+    with pytest.raises(ExceptionGroup) as caught:
+        ternary.ternary_dot(x, codes, impl="pallas")
+    assert "made for GPUs, this is cpu" in str(caught.value.exceptions[0])
+    with pytest.raises(ValueError, match="unknown implementation 'triton'; known: auto, pallas, reference"):
+        ternary.ternary_dot(x, codes, impl="triton")
+
+
+@pytest.mark.multiprocess
+def test_a_failing_probe_falls_back_with_one_line(monkeypatch, caplog):
+    """On a machine that claims a GPU: the child cannot compile the kernel, which is said once."""
+    monkeypatch.setattr(dispatch, "backend", lambda: "gpu")
+    dispatch.probe.cache_clear()
+    x, t, codes = case(2, 16, 256)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            np.testing.assert_array_equal(ternary.ternary_dot(x, codes), integers(x, t))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and "falling back to plain XLA: " in lines[0] and "\n" not in lines[0]
+    assert "made for GPUs, this is cpu" in lines[0]
+    dispatch.probe.cache_clear()
+
+
+@pytest.mark.multiprocess
+def test_probe_verdicts():
+    assert dispatch.probe("math:gcd") == ""  # gcd() is 0 and raises nothing
+    assert dispatch.probe("math:sqrt").startswith("TypeError")
+    assert "no answer within 0.2 s" in dispatch.probe("signal:pause", 0.2)
+    assert "-6" in dispatch.probe("os:abort") or "134" in dispatch.probe("os:abort")
+
+
+def test_a_passing_probe_selects_the_kernel(monkeypatch):
+    monkeypatch.setattr(dispatch, "backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "probe", lambda check: "")
+    called = []
+
+    def kernel(*arguments, **named):
+        called.append(arguments[0].shape)
+        return ternary._reference(*arguments)
+
+    monkeypatch.setattr(ternary, "_pallas", kernel)
+    for rows in (1, 256, 257):  # above 256 rows unpacking first is faster
+        x, _, codes = case(rows, 16, 256)
+        ternary.ternary_dot(x, codes)
+    assert called == [(1, 256), (256, 256)]
+    measured = {tuning.key(jax.devices()[0].device_kind, jnp.int8, 1, 16, 256): {"impl": "reference"}}
+    monkeypatch.setattr(tuning, "table", lambda: measured)
+    ternary.ternary_dot(*case(1, 16, 256)[::2])
+    assert len(called) == 2
+
+
+def test_the_table_overrides_the_constants(tmp_path, monkeypatch):
+    kind = jax.devices()[0].device_kind
+    path = tmp_path / "tuned.json"
+    wanted = GEMM._replace(bn=64, num_stages=2)
+    tuning.write({tuning.key(kind, jnp.int8, 3, 64, 256): {"blocks": wanted._asdict()}}, path)
+    tuning.write({"another": {}}, path)
+    assert len(json.loads(path.read_text())) == 2
+    monkeypatch.setattr(tuning, "TABLE", path)
+    read = tuning.table(path)
+    monkeypatch.setattr(tuning, "table", lambda: read)
+    assert tuning.blocks(jnp.int8, 2, 64, 256) == wanted  # same bucket, 2-4
+    assert tuning.blocks(jnp.int8, 5, 64, 256) == tuning.constants(jnp.int8, 5, 64, 256)
+
+
+def test_buckets_and_constants():
+    assert [tuning.bucket(m) for m in (1, 2, 4, 5, 16, 17, 64, 65, 256, 257)] == [
+        "1", "2-4", "2-4", "5-16", "5-16", "17-64", "17-64", "65-256", "65-256", ">256"
+    ]  # fmt: skip
+    for rows in (1, 4, 16, 64, 128, 4096):
+        for dtype in (jnp.int8, jnp.bfloat16):
+            b = tuning.constants(dtype, rows, 4096, 4096)
+            assert b.form == ("gemv" if rows <= 4 else "gemm") and b.bm <= 128
+            assert len(tuning.candidates(dtype, rows)) <= 40
+
+
+# --- lowering: everything but Triton's own compiler
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    "blocks",
+    [GEMV._replace(split_k=2), GEMM._replace(split_k=2), Blocks("gemm", 128, 64, 1, 8, 3)],
+    ids=["gemv", "decode", "prefill"],
+)
+def test_lowers_for_cuda(dtype, grouped, blocks):
+    """What interpret mode allows and a GPU does not shows here, without a GPU."""
+    rows, n, m = (3 if blocks.form == "gemv" else blocks.bm), 128, 11 * 256
+    scale = jax.ShapeDtypeStruct((m // 128, n), jnp.float32) if grouped else None
+    arguments = (jax.ShapeDtypeStruct((rows, m), dtype), jax.ShapeDtypeStruct((n, m // 4), jnp.uint8), scale)
+    traced = jax.jit(lambda x, c, s: ternary_pallas.dot(x, c, s, blocks)).trace(*arguments)
+    with _some_gpu():
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__gpu$xla.gpu.triton" in text or "triton" in text
+
+
+def _some_gpu():
+    """The device that newer versions of jax ask for when they lower without one."""
+    import contextlib
+
+    if not hasattr(jax.sharding, "AbstractDevice") or jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ("x",), auto, abstract_device=device)
+    )
