@@ -301,6 +301,8 @@ class InferConfig:
     top_p: float = 1.0
     exit_quantile: float = 1.0  # a token leaves the loops at this share of its exit distribution; 1 = never
     capacity: int = 1024  # slots of the key/value cache: prompt and answer together
+    weights: str = "full"  # full | packed: ternary matrices at 2 bits per weight
+    impl: str = "auto"  # of the packed product: auto | pallas (GPU) | reference (plain XLA)
 
 
 @dataclass(frozen=True)

@@ -484,6 +484,14 @@ def _validate_run(c: Config) -> None:
         raise ConfigError(f"'infer.exit_quantile' must be in [0, 1], got {i.exit_quantile}")
     if c.model.loop.gate == "none":
         _unused("infer", i, "model.loop.gate is 'none'", ("exit_quantile",))
+    _choice("infer.weights", i.weights, ("full", "packed"))
+    _choice("infer.impl", i.impl, ("auto", "pallas", "reference"))
+    if i.weights == "packed" and not c.model.quant.startswith("ternary"):
+        raise ConfigError(
+            f"'infer.weights' = 'packed' needs ternary weights, but model.quant is '{c.model.quant}'"
+        )
+    if i.impl != "auto" and i.weights == "full":
+        raise ConfigError("'infer.impl' has no effect because infer.weights is 'full'")
 
 
 def _validate_log(c: Config) -> None:

@@ -17,9 +17,10 @@ def run(child_env, *arguments):
     ("arguments", "message"),
     [
         (["optimizer"], "Did you mean 'optimizers'?"),
-        ([], "known: ablate, optimizers, telemetry, throughput"),
+        ([], "known: ablate, kernels, optimizers, telemetry, throughput"),
         (["throughput"], "--config is missing"),
         (["optimizers", "--trees=tinny"], "no tree 'tinny'. Did you mean 'tiny'?"),
+        (["kernels", "--write"], "--write needs a GPU to measure, this is cpu"),
     ],
 )
 def test_mistakes(child_env, arguments, message):
@@ -50,3 +51,15 @@ def test_telemetry_of_the_smoke_model(child_env):
     record = json.loads(result.stdout)
     assert record["share"] == record["telemetry_ms"]["median"] / record["step_ms"]
     assert record["bytes_per_step"] > 0 and record["every_steps"] == 5
+
+
+def test_kernels_off_gpu(child_env):
+    """Correctness is checked, plain XLA is timed, and the record says what was not measured."""
+    result = run(child_env, "kernels", "--json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["note"] == "not measured on GPU" and record["copy_gb_per_second"] > 0
+    assert record["checked_cases"] == {"reference": 8, "interpret": 8}
+    assert {name for p in record["products"] for name in p["us"]} == {
+        "bfloat16", "w2a8 reference", "w2a16 reference"
+    }  # fmt: skip

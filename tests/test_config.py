@@ -386,6 +386,9 @@ def test_blocks_resolve(name):
         ({"log__otlp": "localhost:4318"}, "'log.otlp' must be an address such as http://127.0.0.1:4318"),
         ({"ckpt__verify": "md5"}, "'ckpt.verify' = 'md5' is unknown"),
         ({"infer__top_p": 0.0}, "'infer.top_p' must be in (0, 1]"),
+        ({"infer__weights": "pakced"}, "'infer.weights' = 'pakced' is unknown"),
+        ({"infer__weights": "packed"}, "needs ternary weights, but model.quant is 'full'"),
+        ({"infer__impl": "reference"}, "'infer.impl' has no effect because infer.weights is 'full'"),
         ({"opt__head__lr": 0.0}, "'opt.head.lr' must be positive, got 0.0"),
         ({"opt__schedule__floor": 1.5}, "'opt.schedule.floor' must be in [0, 1], got 1.5"),
         ({"model": 3}, "'model' must be a group of settings, got 3"),
@@ -494,6 +497,7 @@ ELSEWHERE = {
     "infer.max_tokens": "test_inference", "infer.temperature": "test_inference",
     "infer.top_k": "test_inference", "infer.top_p": "test_inference", "infer.capacity": "test_inference",
     "infer.exit_quantile": "test_loop",
+    "infer.weights": "test_pack", "infer.impl": "test_pack",
 }  # fmt: skip
 # Newton-Schulz settings of groups that cannot be Muon are refused (test_unread_settings_are_refused).
 REFUSED = {

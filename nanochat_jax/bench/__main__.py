@@ -15,9 +15,10 @@ FLAGS = {
     "seeds": cli.Flag("", "ablate: only these, e.g. 0,1"),
     "arms": cli.Flag("", "ablate: only these arms, or chains of arms, e.g. muon,adamw"),
     "report": cli.Flag(False, "ablate: train nothing, only write the report"),
+    "write": cli.Flag(False, "kernels: search tile sizes and store them in the table"),
 }
 # kind -> does it need --config
-KINDS = {"throughput": True, "optimizers": False, "ablate": False, "telemetry": True}
+KINDS = {"throughput": True, "optimizers": False, "ablate": False, "telemetry": True, "kernels": False}
 
 
 def main(kind: str, cfg: Config, call: cli.Invocation) -> int:

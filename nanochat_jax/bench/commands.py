@@ -9,6 +9,7 @@ import jax
 
 from nanochat_jax.bench import ablate as ablation
 from nanochat_jax.bench import ablate_report as report
+from nanochat_jax.bench import kernels as products
 from nanochat_jax.bench import optimizers as memory
 from nanochat_jax.bench import telemetry as watching
 from nanochat_jax.bench import throughput as speed
@@ -36,7 +37,18 @@ def telemetry(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
     return record, watching.line(record)
 
 
-COMMANDS = {"throughput": throughput, "optimizers": optimizers, "telemetry": telemetry}
+def kernels(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
+    """Correctness and speed of the packed ternary product. Flags: write."""
+    record = products.kernels(flags.write)
+    return record, products.table(record)
+
+
+COMMANDS = {
+    "throughput": throughput,
+    "optimizers": optimizers,
+    "telemetry": telemetry,
+    "kernels": kernels,
+}
 
 
 def ablate(flags: Any, interrupted: Callable[[], bool]) -> tuple[dict[str, Any], str]:

@@ -14,6 +14,8 @@ FLAGS = {
     "top_k": cli.Flag(-1, "default infer.top_k"),
     "top_p": cli.Flag(-1.0, "default infer.top_p"),
     "exit_quantile": cli.Flag(-1.0, "1 = all loops; default infer.exit_quantile"),
+    "weights": cli.Flag("", "full or packed; default infer.weights"),
+    "impl": cli.Flag("", "of the packed product; default infer.impl"),
     "seed": cli.Flag(0, "of the draws"),
 }
 
@@ -28,7 +30,7 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     if not call.config_path:
         cfg = resolve(cli.read_config(str(home / "config.json")))
     given = {name: call.flags[name] for name in FLAGS if name not in ("prompt", "seed")}
-    changes = {name: value for name, value in given.items() if value >= 0}
+    changes = {name: value for name, value in given.items() if value not in ("", -1)}
     settings = resolve({**to_dict(cfg), "infer": {**dataclasses.asdict(cfg.infer), **changes}}).infer
     cli.setup_runtime(cfg)
     from nanochat_jax.inference import load

@@ -9,9 +9,11 @@ import jax
 from nanochat_jax import checkpoint, parallel
 from nanochat_jax import params as params_lib
 from nanochat_jax import tokenizer as tokenizers
-from nanochat_jax.config import Config, InferConfig, MeshConfig
+from nanochat_jax.config import Config, InferConfig, MeshConfig, ModelConfig
 from nanochat_jax.inference import engine
 from nanochat_jax.model import transformer
+from nanochat_jax.quant import pack
+from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Params
 
 
@@ -26,6 +28,14 @@ def load_params(cfg: Config, workdir: Path) -> Params:
     return checkpoint.restore_params(workdir / "ckpt", target, cfg.ckpt.verify)[0]
 
 
+def served(cfg: ModelConfig, params: Params, settings: InferConfig) -> Params:
+    """The parameters in the form that `infer.weights` names; "full" returns them unchanged."""
+    if settings.weights == "full":
+        return params
+    roles = projections.from_config(cfg).ternary_roles()
+    return pack.pack_params(params, roles, cfg.quant_group, settings.impl)
+
+
 def pieces(tokenizer: tokenizers.Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Text of ids as they come; bytes of an unfinished character wait for the next id."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -37,7 +47,7 @@ def pieces(tokenizer: tokenizers.Tokenizer, ids: Iterator[int]) -> Iterator[str]
 def sampler(cfg: Config, workdir: Path, settings: InferConfig) -> Callable[[str, int], Iterator[str]]:
     """Build text(prompt, seed) -> pieces of the continuation, from a run's directory."""
     tokenizer = tokenizers.load(workdir / "tokenizer.json")
-    params = load_params(cfg, workdir)
+    params = served(cfg.model, load_params(cfg, workdir), settings)
 
     def text(prompt: str, seed: int) -> Iterator[str]:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]

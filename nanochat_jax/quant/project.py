@@ -13,7 +13,7 @@ from flax import struct
 
 from nanochat_jax.config import Fp4Config, ModelConfig
 from nanochat_jax.kernels import dispatch
-from nanochat_jax.quant import fp4
+from nanochat_jax.quant import fp4, pack
 from nanochat_jax.quant.matmul import ACTIVATIONS, GRADIENTS, WEIGHTS, matmul
 from nanochat_jax.types import Key
 
@@ -41,6 +41,7 @@ class Precision:
 
 Rules = tuple[tuple[str, Precision], ...]
 LOW = (*fp4.FORMATS, "fp4_rows", "fp8")  # formats that `spared` takes back
+Weight = jax.Array | pack.PackedTernary
 
 
 def _blocks(*slots: str) -> Rules:
@@ -106,13 +107,11 @@ class Project:
                 return precision
         raise ValueError(f"no precision rule matches role '{role}'; rules: {[p for p, _ in self.rules]}")
 
-    def __call__(self, role: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    def __call__(self, role: str, x: jax.Array, w: Weight) -> jax.Array:
         """Multiply activations x [..., m] with the weight w [m, n]; returns [..., n], x's dtype."""
         return self.several((role,), x, (w,))[0]
 
-    def several(
-        self, roles: tuple[str, ...], x: jax.Array, ws: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
+    def several(self, roles: tuple[str, ...], x: jax.Array, ws: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """Multiply the same activations x [..., m] with several weights [m, n_i].
 
         Roles of equal precision run as one wide product where that pays: on CPU. Elsewhere the
@@ -120,14 +119,19 @@ class Project:
         """
         precisions = [self.precision(role) for role in roles]
         first = precisions[0]
-        joined = dispatch.backend() == "cpu" and all(p == first for p in precisions)
+        packed = any(isinstance(w, pack.PackedTernary) for w in ws)
+        joined = dispatch.backend() == "cpu" and not packed and all(p == first for p in precisions)
         if joined and first.grad == "full":  # FP4 blocks and scales of dy must not mix the roles
             for role, w in zip(roles, ws, strict=True):
                 self._check(role, first, w)
             return tuple(matmul(x, ws, first.weight, first.act, self.group))  # type: ignore[arg-type]
         return tuple(self._one(role, x, w, p) for role, w, p in zip(roles, ws, precisions, strict=True))
 
-    def _one(self, role: str, x: jax.Array, w: jax.Array, p: Precision) -> jax.Array:
+    def _one(self, role: str, x: jax.Array, w: Weight, p: Precision) -> jax.Array:
+        if isinstance(w, pack.PackedTernary):
+            if p.weight != "ternary":
+                raise ValueError(f"'{role}' is packed ternary, but its rule says '{p.weight}'")
+            return pack.matmul(x, w, p.act)
         self._check(role, p, w)
         key = None
         if p.grad in fp4.FORMATS:
