@@ -149,3 +149,8 @@ def check_on_device() -> None:
             y = jax.jit(_pallas)(jnp.asarray(q).astype(dtype), codes, None)
             if not np.array_equal(np.asarray(y, np.float64), exact):
                 raise ValueError(f"wrong product of {rows} rows of {jnp.dtype(dtype).name}")
+            scale = rng.uniform(0.5, 2, (m // 128, n)).astype(np.float32)
+            weights = t.T * np.repeat(scale, 128, 0).astype(np.float64)
+            y = jax.jit(_pallas)(jnp.asarray(q).astype(dtype), codes, jnp.asarray(scale))
+            if np.any(np.abs(y - q @ weights) > 1e-5 * (np.abs(q.astype(np.int32)) @ np.abs(weights))):
+                raise ValueError(f"wrong sum over groups of {rows} rows of {jnp.dtype(dtype).name}")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nanochat_jax.kernels import dispatch, ternary, ternary_pallas, tuning
 from nanochat_jax.kernels.tuning import Blocks
 
-# GPU lowering of Pallas through Triton is deprecated since jax 0.11; ADR and removal plan: kernels/ternary.py.
+# jax >= 0.11 deprecates lowering Pallas through Triton; when it goes, "auto" falls back (kernels/ternary.py).
 pytestmark = pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 
 GEMV, GEMM = Blocks("gemv", 16, 16, 1, 4, 4), Blocks("gemm", 16, 32, 1, 4, 3)
@@ -202,6 +202,19 @@ def test_probe_verdicts():
     assert "-6" in dispatch.probe("os:abort") or "134" in dispatch.probe("os:abort")
 
 
+def test_the_check_of_the_probe(monkeypatch):
+    """It passes on the kernel's own code, and fails when a weight or a scale is wrong."""
+    monkeypatch.setattr(ternary, "_pallas", ternary.IMPLS["interpret"])
+    ternary.check_on_device()
+    monkeypatch.setattr(ternary, "_pallas", lambda x, c, s: ternary._reference(x, c ^ 1, s))
+    with pytest.raises(ValueError, match="wrong product of 1 rows of int8"):
+        ternary.check_on_device()
+    doubled = lambda x, c, s: ternary._reference(x, c, None if s is None else s * 1.001)  # noqa: E731
+    monkeypatch.setattr(ternary, "_pallas", doubled)
+    with pytest.raises(ValueError, match="wrong sum over groups of 1 rows of int8"):
+        ternary.check_on_device()
+
+
 def test_a_passing_probe_selects_the_kernel(monkeypatch):
     monkeypatch.setattr(dispatch, "backend", lambda: "gpu")
     monkeypatch.setattr(dispatch, "probe", lambda check: "")
@@ -262,8 +275,8 @@ def test_lowers_for_cuda(dtype, grouped, blocks):
     rows, n, m = (3 if blocks.form == "gemv" else blocks.bm), 128, 11 * 256
     scale = jax.ShapeDtypeStruct((m // 128, n), jnp.float32) if grouped else None
     arguments = (jax.ShapeDtypeStruct((rows, m), dtype), jax.ShapeDtypeStruct((n, m // 4), jnp.uint8), scale)
-    traced = jax.jit(lambda x, c, s: ternary_pallas.dot(x, c, s, blocks)).trace(*arguments)
     with _some_gpu():
+        traced = jax.jit(lambda x, c, s: ternary_pallas.dot(x, c, s, blocks)).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "__gpu$xla.gpu.triton" in text or "triton" in text
 
