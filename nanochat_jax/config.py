@@ -20,6 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from nanochat_jax.blocks import BLOCKS as BLOCKS
 from nanochat_jax.validation import GROUPS as GROUPS
 from nanochat_jax.validation import ConfigError as ConfigError
 from nanochat_jax.validation import layer_period as layer_period
@@ -59,7 +60,7 @@ class Fp4Config:
     signs: str = "fixed"  # random signs before the rotation: none | fixed | random (anew in every step)
     operands: str = "both"  # gradient = x and w stay in full precision | both
     products: str = "both"  # which products are in FP4: dgrad (dx) | wgrad (dw) | both
-    outside: str = "full"  # layers before and after the loops (the first and last ones): full | fp4
+    outside: str = "full"  # layers before and after the loops (the first and last ones): full | same
     outliers: float = 0.01  # fp4_rows: share of each token's inputs that keep full precision; 0 = none
     estimator: float = 5.0  # fp4_rows: root of the weights' gradient estimator; 1 = straight-through
 
@@ -321,32 +322,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     infer: InferConfig = field(default_factory=InferConfig)
-
-
-# Blocks that share options (config files write `config.model.update(BLOCKS["modern"])`).
-BLOCKS: dict[str, dict[str, Any]] = {
-    # What nanochat and modded-nanogpt converged on, with SubLN for ternary (arXiv:2504.12285).
-    "modern": {
-        "mlp": "relu2", "norm": "weightless", "sub_norm": True, "embed_norm": True,
-        "qk_norm": "after_rope", "qk_gain": 1.2, "rope_theta": 100000.0, "softcap": 15.0,
-        "tied": False, "embed_std": 0.8, "value_embed_every": 2, "residual_scalars": True,
-        "x0_scalars": True,
-    },
-    # The Qwen3 shape: loads in transformers and llama.cpp without remote code.
-    "portable": {
-        "mlp": "swiglu", "norm": "weighted", "sub_norm": False, "embed_norm": False,
-        "qk_norm": "before_rope", "qk_gain": 1.0, "rope_theta": 1000000.0, "softcap": 0.0,
-        "tied": True, "embed_std": 0.02, "value_embed_every": 0, "residual_scalars": False,
-        "x0_scalars": False,
-    },
-    # The LLaMA block of the Rust system that this project replaces (group-wise scales).
-    "seed": {
-        "mlp": "swiglu", "norm": "weighted", "sub_norm": False, "embed_norm": False,
-        "qk_norm": "none", "qk_gain": 1.0, "rope_theta": 10000.0, "softcap": 0.0, "tied": True,
-        "embed_std": 0.02, "value_embed_every": 0, "residual_scalars": False,
-        "x0_scalars": False, "quant_group": 128,
-    },
-}  # fmt: skip
 
 
 def defaults() -> ConfigDict:

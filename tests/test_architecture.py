@@ -16,15 +16,16 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ROOT = REPOSITORY / "nanochat_jax"
 
-BASE = {"types", "validation", "config", "params", "tokenizer"}
+BASE = {"types", "blocks", "validation", "config", "params", "tokenizer"}
 TOWER = ("kernels", "quant", "model", "losses")
 BESIDE = {"optim", "parallel", "data", "checkpoint", "telemetry"}
 NO_TOKENIZER = BASE - {"tokenizer"}
 # Room -> rooms it may import, beside itself. `__main__` files and cli may import anything.
 RULES: dict[str, set[str]] = {
     "types": set(),
+    "blocks": set(),
     "validation": {"config"},
-    "config": {"validation"},
+    "config": {"blocks", "validation"},
     "params": {"types"},
     "tokenizer": set(),
     "kernels": BASE,
@@ -52,7 +53,7 @@ COMPOSERS = {
     "train/program.py": {"evals", "inference"},
     "inference/load.py": {"checkpoint", "parallel", "tokenizer"},
 }
-NO_JAX = {"data", "telemetry", "config", "validation", "tokenizer"}
+NO_JAX = {"data", "telemetry", "blocks", "config", "validation", "tokenizer"}
 # Files that print although they are no command line: progress lines, and the report of --verify_resume.
 PRINTERS = {"telemetry/console.py", "train/verify.py"}
 MAX_LINES, MAX_MAIN_LINES = 500, 60

@@ -178,7 +178,7 @@ def test_blocks_resolve(name):
             "'model.fp4.outliers' has no effect because model.quant is 'nvfp4'",
         ),
         (
-            {"model__quant": "nvfp4", "model__fp4__outside": "fp4"},
+            {"model__quant": "nvfp4", "model__fp4__outside": "same"},
             "'model.fp4.outside' has no effect because model.loop.before and model.loop.after are 0",
         ),
         ({"model__quant": "fp4_rows", "model__fp4__outliers": 1.0}, "must be in [0, 1), got 1.0"),
@@ -362,6 +362,18 @@ def test_blocks_resolve(name):
             "'model.remat' must be 'none' with model.filter.keep below 1",
         ),
         (
+            {"model__filter": {"keep": 0.5, "score": "random"}, "model__quant": "nvfp4"},
+            "'model.filter.keep' must be 1 with model.quant = 'nvfp4'",
+        ),
+        (
+            {
+                "model__loop": {"count": 2, "gate": "shared"},
+                "train__loss": (("gate", 1.0),),
+                "opt__matrix__weight_decay": 0.1,
+            },
+            "but 'opt.matrix.weight_decay' would change them",
+        ),
+        (
             {
                 "model__filter": {"keep": 0.5, "score": "random"},
                 "model__loop": {"count": 2, "gate": "shared"},
@@ -468,7 +480,7 @@ STEP |= {
     f"model.fp4.{_key}": (_value, {"model.quant": "fp4_rows"})
     for _key, _value in {"outliers": 0.1, "estimator": 3.0}.items()
 }
-STEP["model.fp4.outside"] = ("fp4", {"model.quant": "fp8", "model.loop.before": 1})
+STEP["model.fp4.outside"] = ("same", {"model.quant": "fp8", "model.loop.before": 1})
 for _key, _value in {
     "block": 16, "momentum": "dynamic", "rounding": "stochastic", "scales": "bfloat16"
 }.items():  # fmt: skip

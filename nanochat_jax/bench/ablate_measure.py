@@ -28,7 +28,7 @@ def measured(workdir: Path, status: int, peak: int) -> dict[str, Any]:
     own = [peak] if manifest["devices"]["platform"] == "cpu" else []
     return {
         "bpb": scores.get("eval/bpb", math.nan), "loss": scores.get("eval/loss", math.nan),
-        "bpb_loops": [scores[name] for name in sorted(scores) if name.startswith("eval/bpb_loop_")],
+        "bpb_loops": _by_loop(scores),
         "steps": end["step"], "tokens": end["tokens"], "stop": end["stop"] or status,
         "tokens_per_s": statistics.median(speeds) if speeds else None,
         "peak_bytes": max(noted + own, default=None),
@@ -68,3 +68,10 @@ def state_bytes(settings: dict[str, Any]) -> int:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _by_loop(scores: dict[str, float]) -> list[float]:
+    """Bits per byte after 1, 2, ... loops, of a looped model."""
+    name = "eval/bpb_loop_{}".format
+    count = sum(key.startswith(name("")) for key in scores)
+    return [scores[name(r + 1)] for r in range(count)]

@@ -93,9 +93,11 @@ def _over(values: list[float | None], largest: bool) -> float | None:
 def markdown(plan: ablate.Plan, results: ablate.Results, title: str) -> str:
     """The report's text."""
     made = rows(plan, results)
-    budget = f"equal time, {plan.seconds:g} s of training steps" if plan.seconds else "equal tokens"
+    equal = len({row.facts["tokens"] for row in made}) <= 1
+    budget = "equal tokens" if equal else "tokens differ between arms, see steps"
+    budget = f"equal time, {plan.seconds:g} s of training steps" if plan.seconds else budget
     head = ["arm", "seeds", "bits per byte", "95 %", "against the first", "95 %", "tokens/s", "peak memory"]
-    head += ["optimizer state", *(["steps", "seconds"] if plan.seconds else [])]
+    head += ["optimizer state", *(["steps", "seconds"] if plan.seconds or not equal else [])]
     lines = [f"# {title}", "", f"{budget.capitalize()}; {len(plan.seeds)} seed(s) planned.", ""]
     lines += [_line(head), _line(["---"] * len(head))]
     for index, row in enumerate(made):

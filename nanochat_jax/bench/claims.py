@@ -42,7 +42,7 @@ def locked(directory: Path) -> Iterator[None]:
 def take(path: Path) -> bool:
     """Claim for this process; False if a running process holds the claim (this one included)."""
     with locked(path.parent):
-        if any(started(pid) == since for pid, since in _holders(path)):
+        if any(since is not None and started(pid) == since for pid, since in _holders(path)):
             return False
         path.unlink(missing_ok=True)
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)

@@ -68,16 +68,17 @@ def coefficient_count(cfg: MhcConfig) -> int:
     return 2 * S + (math.factorial(S) if cfg.form == "permutation" else S * S)
 
 
-def param_specs(cfg: ModelConfig, part: int) -> dict[str, ParamSpec]:
+def param_specs(cfg: ModelConfig, part: int, first: int = 0) -> dict[str, ParamSpec]:
     """Parameters of every layer's attention (part 0) or MLP (part 1) connection.
 
+    Args: first: number of the stack's first layer, see the header on streams.
     Returns: bias [N, Q]; if dynamic also phi [N, S * D, Q] and alpha [N, 3] (of pre, post, R), with
     Q = `coefficient_count`; {} for one stream.
     """
     c, N, Q = cfg.mhc, cfg.layers, coefficient_count(cfg.mhc)
     if c.streams == 1:
         return {}
-    specs = {"bias": ParamSpec((N, Q), ("layer", None), _initial_bias(c, part))}
+    specs = {"bias": ParamSpec((N, Q), ("layer", None), _initial_bias(c, part, first))}
     if c.dynamic:
         shape = (N, c.streams * cfg.dim, Q)
         specs["phi"] = ParamSpec(shape, ("layer", "embed", None), zeros, matmul=True)
@@ -85,13 +86,13 @@ def param_specs(cfg: ModelConfig, part: int) -> dict[str, ParamSpec]:
     return specs
 
 
-def _initial_bias(cfg: MhcConfig, part: int) -> Init:
+def _initial_bias(cfg: MhcConfig, part: int, first: int) -> Init:
     """R near the identity; sublayer l = 2 * layer + part favors stream l mod S."""
     S = cfg.streams
 
     def init(key: Key, shape: tuple[int, ...]) -> jax.Array:
         N = shape[0]
-        favored = np.eye(S)[(2 * np.arange(N) + part) % S]
+        favored = np.eye(S)[(2 * (first + np.arange(N)) + part) % S]
         if cfg.form == "unconstrained":  # the hyper-connections' own start: values, not logits
             pre, post, res = favored, np.ones((N, S)), np.eye(S).reshape(-1)
         elif cfg.form == "permutation":

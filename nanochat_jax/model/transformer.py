@@ -74,7 +74,7 @@ def _stack_specs(model: ModelConfig, cfg: ModelConfig, first: int) -> dict:
         mlp["gate"] = matrix(D, F, ("embed", "ffn"), D**-0.5)
     specs: dict = {"attn": attn, "mlp": mlp}
     if cfg.mhc.streams > 1:
-        attn["mhc"], mlp["mhc"] = mhc.param_specs(cfg, 0), mhc.param_specs(cfg, 1)
+        attn["mhc"], mlp["mhc"] = mhc.param_specs(cfg, 0, first), mhc.param_specs(cfg, 1, first)
     if cfg.norm == "weighted":
         attn["norm"], mlp["norm"] = gain(D), gain(D)
         if cfg.sub_norm:
@@ -162,7 +162,7 @@ def forward(
     def stack(name: str, carry: tuple, first: int, kv: tuple | None) -> tuple:
         """(carry, keys and values) behind a stack of layers, whose first has the number `first`."""
         own, inner = stacks.get(name, cfg), name == "blocks"
-        chosen = project if inner or cfg.fp4.outside == "fp4" else project.spared()
+        chosen = project if inner or cfg.fp4.outside == "same" else project.spared()
         if passenger is None:
             run = _remat(cfg, functools.partial(block.layer, cfg, chosen, context, batch.tokens))
         else:

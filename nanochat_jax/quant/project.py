@@ -124,7 +124,7 @@ class Project:
         if joined and first.grad == "full":  # FP4 blocks and scales of dy must not mix the roles
             for role, w in zip(roles, ws, strict=True):
                 self._check(role, first, w)
-            return tuple(matmul(x, ws, first.weight, first.act, self.group))  # type: ignore[arg-type]
+            return tuple(matmul(x, ws, first.weight, first.act, self.group, first.grad, self.how))  # type: ignore[arg-type]
         return tuple(self._one(role, x, w, p) for role, w, p in zip(roles, ws, precisions, strict=True))
 
     def _one(self, role: str, x: jax.Array, w: Weight, p: Precision) -> jax.Array:

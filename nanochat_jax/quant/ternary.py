@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from nanochat_jax.params import flatten
 from nanochat_jax.types import Metrics, Params
 
+STACKS = ("blocks", "before", "after", "mtp")  # parts of the parameter tree that hold layers
 FLOOR = 1e-8  # keeps an all-zero matrix at codes 0 instead of 0/0; small enough for zero init
 
 
@@ -75,7 +76,7 @@ def int8_rows(x: jax.Array, axis: str | None = None) -> tuple[jax.Array, jax.Arr
 
 def select(params: Params, roles: tuple[str, ...]) -> dict[str, jax.Array]:
     """The stacked matrices of `params` that the roles name, by path."""
-    wanted = {f"{stack}/{role}" for stack in ("blocks", "before", "after") for role in roles}
+    wanted = {f"{stack}/{role}" for stack in STACKS for role in roles}
     return {path: w for path, w in flatten(params).items() if path in wanted}
 
 

@@ -23,6 +23,7 @@ from nanochat_jax.evals import loss as eval_loss
 from nanochat_jax.inference import engine, load
 from nanochat_jax.model import flops, transformer
 from nanochat_jax.quant import project as projections
+from nanochat_jax.quant import ternary
 from nanochat_jax.telemetry import goodput, logs, manifest
 from nanochat_jax.telemetry.console import Progress, duration, si
 from nanochat_jax.telemetry.trace import Exporter, SpanFile, Trace
@@ -39,12 +40,19 @@ def parameter_table(cfg: Config) -> str:
     specs = params_lib.flatten(transformer.param_specs(cfg.model))
     groups = params_lib.flatten(optim.labels(transformer.param_specs(cfg.model)))
     project = projections.from_config(cfg.model)
-    stacks = ("blocks", "before", "after", "mtp")
-    ternary = {f"{part}/{role}" for part in stacks for role in project.ternary_roles()}
+    spared = project.spared()
+    of = dict.fromkeys(ternary.STACKS, spared) | {"blocks": project}
+    if cfg.model.fp4.outside == "same":
+        of |= {"before": project, "after": project}
+    formats = {
+        f"{stack}/{role}": of[stack].precision(role).weight
+        for stack in of
+        for role in projections.BLOCK_ROLES
+    }
     rows = [("path", "shape", "format", "group", "count", "bytes")]
     for path, spec in specs.items():
         count = math.prod(spec.shape)
-        kind = "ternary" if path in ternary else "full"
+        kind = formats.get(path, "full")
         rows.append(
             (path, "x".join(map(str, spec.shape)), kind, groups[path], f"{count:,}", f"{4 * count:,}")
         )

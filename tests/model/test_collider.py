@@ -184,6 +184,17 @@ def test_further_tokens_are_learned_from_kept_ones(kind, key, monkeypatch):
     close(grads, expected, 3e-6)  # the oracle runs operation by operation, and sums more rows
 
 
+@pytest.mark.parametrize("length", [8, 12, 96, 256, 1000, 1024, 2048, 4096])
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.6, 0.93, 1.0])
+def test_kept_tokens_come_in_numbers_that_divide_well(length, keep):
+    """Prime counts would leave the loss with chunks of one token."""
+    k = collider.kept_count(FilterConfig(keep), length)
+    assert 1 <= k <= length and (keep < 1 or k == length)
+    assert abs(k / length - keep) <= 1 / 16 or k * 8 <= length
+    if length >= 1024 and length % 128 == 0:
+        assert k % 128 == 0
+
+
 # --- what does not reach the gradient
 
 

@@ -245,6 +245,19 @@ def test_spared_layers_keep_ternary_and_lose_fp4_and_fp8():
         assert slots == ({"full", "ternary", "int8"} if "ternary" in name else {"full"})
 
 
+def test_settings_of_rows_reach_their_products():
+    """The share of outliers, and the estimator in the weight's gradient, through a role."""
+    x, w, dy = operands(16, 32, 32)
+
+    def run(**settings):
+        project = Project(projections.PRESETS["fp4_rows"], how=Fp4Config(**settings))
+        y, pullback = jax.vjp(lambda w: project("mlp/up", x, w), w)
+        return np.asarray(y), np.asarray(pullback(dy)[0])
+
+    (y, dw), (plain, _), (_, through) = run(), run(outliers=0.0), run(estimator=1.0)
+    assert np.any(y != plain) and np.any(dw != through)
+
+
 def test_the_policy_by_module():
     assert Project(projections.PRESETS["fp8_nvfp4"]).low_formats() == ["nvfp4", "fp8"]
     assert not Project(projections.PRESETS["ternary"]).low_formats()
@@ -340,7 +353,7 @@ def test_further_tokens_are_predicted_in_full_precision(tiny, key):
     assert traced("full") == 0
 
 
-@pytest.mark.parametrize(("outside", "ratio"), [("full", 2), ("fp4", 4)])
+@pytest.mark.parametrize(("outside", "ratio"), [("full", 2), ("same", 4)])
 def test_first_and_last_layers_are_spared(tiny, key, outside, ratio):
     """Two layers of four, or all four: counted by their rounded operands."""
 

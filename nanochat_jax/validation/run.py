@@ -1,0 +1,185 @@
+"""What makes a run's other settings invalid: data, losses, checkpoints, logs, inference, mesh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nanochat_jax.validation.checks import ConfigError, at_least, choice, divides, unused
+from nanochat_jax.validation.optimizer import GROUPS, validate_galore
+
+if TYPE_CHECKING:
+    from nanochat_jax.config import Config, DataConfig, OptConfig
+
+LOSS_TERMS = ("next_token", "z", "logit_entropy", "mtp", "exit", "exit_entropy", "gate")
+
+
+def validate_data(d: DataConfig) -> None:
+    if not d.source:
+        raise ConfigError("'data.source' is empty; expected stdlib, rust, a path, a glob, or hf:<dataset>")
+    at_least("data.seq_len", d.seq_len, 2)
+    at_least("data.batch", d.batch, 1)
+    at_least("data.workers", d.workers, 0)
+    at_least("data.prefetch", d.prefetch, 1)
+    at_least("data.max_bytes", d.max_bytes, 0)
+    if not 1 <= d.val_percent <= 50:
+        raise ConfigError(f"'data.val_percent' must be in 1..50, got {d.val_percent}")
+
+
+# Settings of a group that its optimizer reads, besides name, lr, weight_decay and cautious.
+READ = {
+    "muon": ("beta1", "steps", "coefficients", "scale", "ns_dtype"),
+    "normuon": ("beta1", "beta2", "steps", "coefficients", "scale", "ns_dtype"),
+    "adamw": ("beta1", "beta2", "eps"),
+    "lion": ("beta1", "beta2"),
+}
+
+
+def _validate_reference(c: Config) -> None:
+    """A file of losses and the score that reads it come together."""
+    f, excess = c.model.filter, c.model.filter.keep < 1 and c.model.filter.score == "excess"
+    if excess and not c.data.reference:
+        raise ConfigError(
+            f"'model.filter.score' = 'excess' with model.filter.keep = {f.keep} needs data.reference, a file "
+            "of another model's losses"
+        )
+    if c.data.reference and not excess:
+        why = f"model.filter.score is '{f.score}'" if f.keep < 1 else "model.filter.keep is 1"
+        raise ConfigError(f"'data.reference' has no effect because {why}")
+
+
+def _validate_loss(c: Config) -> None:
+    """Terms are known, and the model's further tokens and their term come together."""
+    loss, depth = c.train.loss, c.model.mtp.depth
+    if not any(weight for _, weight in loss):
+        raise ConfigError(f"'train.loss' needs a term with a weight, got {loss!r}")
+    for name, _ in loss:
+        choice("train.loss", name, LOSS_TERMS)
+    weight = sum(weight for name, weight in loss if name == "mtp")
+    if depth == 0 and any(name == "mtp" for name, _ in loss):
+        raise ConfigError("'train.loss' has the term 'mtp', which needs model.mtp.depth of at least 1")
+    if depth and weight <= 0:
+        raise ConfigError(
+            f"'model.mtp.depth' = {depth} needs the term 'mtp' in train.loss with a positive weight, "
+            f"such as ('mtp', 0.2)"
+        )
+    if depth >= c.data.seq_len:
+        raise ConfigError(f"'model.mtp.depth' = {depth} must be less than 'data.seq_len' = {c.data.seq_len}")
+    _validate_exit_loss(dict(loss), c.model.loop.gate, c.opt)
+    exits = [name for name, _ in loss if name in ("exit", "exit_entropy", "gate")]
+    if exits and c.model.filter.keep < 1:
+        raise ConfigError(
+            f"'model.filter.keep' must be 1 with the term '{exits[0]}' in train.loss, which learns from all "
+            f"tokens, got {c.model.filter.keep}"
+        )
+
+
+def _validate_exit_loss(loss: dict[str, float], gate: str, opt: OptConfig) -> None:
+    """The exit gate and the terms that train it come together; its second stage trains nothing else."""
+    terms = [name for name in ("exit", "exit_entropy", "gate") if name in loss]
+    if gate == "none" and terms:
+        raise ConfigError(
+            f"'train.loss' has the term '{terms[0]}', which needs an exit gate in model.loop.gate"
+        )
+    if gate != "none" and loss.get("exit", 0) <= 0 and loss.get("gate", 0) <= 0:
+        raise ConfigError(
+            f"'model.loop.gate' = '{gate}' needs the term 'exit' or 'gate' in train.loss with a positive weight"
+        )
+    if "gate" in loss and len(loss) > 1:
+        raise ConfigError(
+            f"'train.loss' has the term 'gate', which freezes all other weights, and so leaves nothing to learn "
+            f"for '{next(name for name in loss if name != 'gate')}'"
+        )
+    if "gate" in loss:
+        decayed = [name for name in GROUPS if getattr(opt, name).weight_decay]
+        if decayed or opt.fire.steps:
+            key = f"opt.{decayed[0]}.weight_decay" if decayed else "opt.fire.steps"
+            raise ConfigError(
+                f"'train.loss' has the term 'gate', which freezes all other weights, but '{key}' would change them"
+            )
+    if "gate" in loss and gate == "per_loop":
+        raise ConfigError(
+            "'train.loss' has the term 'gate', which never trains the first loop's bias of "
+            "model.loop.gate = 'per_loop'; use 'shared'"
+        )
+
+
+def validate_run(c: Config) -> None:
+    validate_galore(c)
+    if not c.name or any(ch in c.name for ch in "/\\ \t\n"):
+        raise ConfigError(f"'name' must be a word without slashes or spaces, got {c.name!r}")
+    if not 0 <= c.seed < 2**31:
+        raise ConfigError(f"'seed' must be in 0..2^31-1, got {c.seed}")
+    t = c.train
+    at_least("train.steps", t.steps, 1)
+    at_least("train.microbatches", t.microbatches, 1)
+    at_least("train.loss_chunk", t.loss_chunk, 1)
+    divides("data.batch", c.data.batch, "train.microbatches", t.microbatches)
+    _validate_loss(c)
+    _validate_reference(c)
+    k = c.ckpt
+    at_least("ckpt.every_steps", k.every_steps, 0)
+    at_least("ckpt.every_minutes", k.every_minutes, 0)
+    at_least("ckpt.keep_last", k.keep_last, 1)
+    at_least("ckpt.keep_every_steps", k.keep_every_steps, 0)
+    at_least("ckpt.min_free_gb", k.min_free_gb, 0)
+    choice("ckpt.verify", k.verify, ("size", "sha256"))
+    at_least("eval.every_steps", c.eval.every_steps, 0)
+    at_least("eval.batches", c.eval.batches, 0)
+    at_least("eval.sample_tokens", c.eval.sample_tokens, 0)
+    _validate_log(c)
+    i = c.infer
+    at_least("infer.max_tokens", i.max_tokens, 1)
+    at_least("infer.temperature", i.temperature, 0)
+    at_least("infer.top_k", i.top_k, 0)
+    at_least("infer.capacity", i.capacity, 2)
+    if not 0 < i.top_p <= 1:
+        raise ConfigError(f"'infer.top_p' must be in (0, 1], got {i.top_p}")
+    if not 0 <= i.exit_quantile <= 1:
+        raise ConfigError(f"'infer.exit_quantile' must be in [0, 1], got {i.exit_quantile}")
+    if c.model.loop.gate == "none":
+        unused("infer", i, "model.loop.gate is 'none'", ("exit_quantile",))
+    choice("infer.weights", i.weights, ("full", "packed"))
+    choice("infer.impl", i.impl, ("auto", "pallas", "reference"))
+    if i.weights == "packed" and not c.model.quant.startswith("ternary"):
+        raise ConfigError(
+            f"'infer.weights' = 'packed' needs ternary weights, but model.quant is '{c.model.quant}'"
+        )
+    if i.impl != "auto" and i.weights == "full":
+        raise ConfigError("'infer.impl' has no effect because infer.weights is 'full'")
+
+
+def _validate_log(c: Config) -> None:
+    g = c.log
+    at_least("log.every_steps", g.every_steps, 1)
+    choice("log.format", g.format, ("text", "json"))
+    if g.profile_steps:
+        steps = g.profile_steps
+        if len(steps) != 2 or not 2 <= steps[0] <= steps[1] <= c.train.steps:
+            raise ConfigError(
+                f"'log.profile_steps' must be (first, last) in 2..train.steps = {c.train.steps} (step 1 "
+                f"compiles), got {steps}"
+            )
+    if not 0 <= g.prometheus_port < 2**16:
+        raise ConfigError(f"'log.prometheus_port' must be in 0..65535, got {g.prometheus_port}")
+    if g.otlp and not g.otlp.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"'log.otlp' must be an address such as http://127.0.0.1:4318/v1/traces, got '{g.otlp}'"
+        )
+    at_least("log.min_entropy", g.min_entropy, 0)
+    at_least("log.max_grad_norm", g.max_grad_norm, 0)
+
+
+def validate_mesh(c: Config) -> None:
+    mesh = c.mesh
+    for key in ("data", "fsdp", "tensor"):
+        at_least(f"mesh.{key}", getattr(mesh, key), 1)
+    rows = c.data.batch // c.train.microbatches
+    divides("data.batch / train.microbatches", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
+    m = c.model
+    for path, size, axis in (
+        ("model.heads * model.head_dim", m.heads * m.head_dim, "tensor"),
+        ("model.kv_heads * model.head_dim", m.kv_heads * m.head_dim, "tensor"),
+        ("model.mlp_dim", m.mlp_dim, "tensor"),
+        ("model.dim", m.dim, "fsdp"),
+    ):
+        divides(path, size, f"mesh.{axis}", getattr(mesh, axis))
