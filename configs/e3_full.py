@@ -17,6 +17,7 @@ def get_config(arg: str = ""):
     config.model.quant = "ternary_nvfp4"
     config.model.mhc.streams = 4
     config.model.mhc.form = "permutation"  # exact, and on CPU quicker to compile than Sinkhorn's iterations
+    config.model.unroll = 2  # layers per scan step: all four at once take minutes to compile on CPU
     config.model.loop.count = 2
     config.model.loop.norm = True
     config.model.mtp.depth = 1

@@ -15,5 +15,7 @@ def get_config(arg: str = ""):
     config.model.update(BLOCKS[preset])
     config.model.mlp_dim = 1024 if config.model.mlp == "relu2" else 768
     config.model.quant = "ternary"
+    if preset == "modern":  # tuned, see experiments/rates; other presets have tables of another size
+        config.opt.embed.lr, config.opt.head.lr = 0.2, 0.008
     config.train.steps = 300
     return config

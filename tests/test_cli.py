@@ -70,7 +70,7 @@ def make(path: Path, *lines: str) -> str:
         (["--config=elsewhere/tiny.py"], "no config 'elsewhere/tiny.py'"),
         (["--config=:x"], "no config ''"),
         (["--config=tiny:presat=x"], "config argument 'presat=x': expected key=value. Did you mean 'preset'"),
-        ([], "usage error: --config is missing, e.g. --config=configs/tiny.py; known: e3_galore2"),
+        ([], "usage error: --config is missing, e.g. --config=configs/tiny.py; known: auto, config_a"),
         (["--config"], "usage error: --config needs a value"),
         (["--config=tiny", "--workdir="], "usage error: --workdir needs a value"),
         (["--config=tiny", "--config.train.steps"], "--config.train.steps needs a value"),
