@@ -9,6 +9,7 @@ import sys
 
 from nanochat_jax.config import BLOCKS, ConfigError, defaults, parse_arg
 
+WIDE = 768  # widths from here on are multiples of 256, others of 128
 REFERENCE_DIM = 768  # width at which the rates of the AdamW groups are the defaults
 
 
@@ -18,7 +19,8 @@ def get_config(arg: str = "d12"):
         raise ConfigError(f"config argument '{depth}': expected d<layers> with 2 to 64 layers, such as d12")
     given = parse_arg(rest, ratio=20.0, seq_len=1024)
     layers = int(depth[1:])
-    dim = -(-64 * layers // 128) * 128
+    multiple = 128 if 64 * layers <= WIDE - 128 else 256
+    dim = -(-64 * layers // multiple) * multiple
     heads, mlp_dim = dim // 128, 4 * dim
     matrices = layers * (4 * dim**2 + 2 * dim * mlp_dim)
     tokens = given.ratio * matrices
@@ -43,7 +45,7 @@ def get_config(arg: str = "d12"):
         group.lr = group.lr * scale * rate
     o.schedule.warmup_steps = warmup
     for line in (
-        f"dim {dim} = 64 x {layers} layers, up to a multiple of 128; {heads} heads of 128",
+        f"dim {dim} = 64 x {layers} layers, up to a multiple of {multiple} (256 from {WIDE} on); {heads} heads of 128",
         f"mlp_dim {mlp_dim} = 4 x dim; {matrices:,} weights in matrices",
         f"tokens {tokens:,.0f} = {given.ratio:g} per matrix weight",
         f"batch {batch} rows of {given.seq_len}: 2^19 tokens x sqrt(tokens / 1.7e9), down to a power of 2",

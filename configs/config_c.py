@@ -11,12 +11,15 @@ the three machines comes from config_a.py. Entropy of loop exits (0.06) is not s
 """
 
 from nanochat_jax.cli import read_config
+from nanochat_jax.config import ConfigError
 
 DENSE = {"dim": 3584, "layers": 30, "heads": 28, "kv_heads": 4, "mlp_dim": 12544}
 
 
 def get_config(arg: str = ""):
-    config = read_config(f"config_a:{arg.replace('fit', '')}")
+    if arg not in ("", "fit", "loop", "dense"):
+        raise ConfigError(f"config argument '{arg}': expected fit, loop or dense")
+    config = read_config("config_a:dense" if arg == "dense" else "config_a")
     config.name = config.name.replace("config_a", "config_c")
     m, o = config.model, config.opt
     m.update(dim=1792, layers=22, heads=14, kv_heads=14, mlp_dim=7168, quant="ternary", quant_group=128)

@@ -1,4 +1,4 @@
-"""A ternary model of 5 M weights that trains on a laptop CPU in a few minutes.
+"""A ternary model of 7 M weights that trains on a laptop CPU in a few minutes.
 
 Data: the Python standard library's own sources (about 31 MB, always there).
 Run: python -m nanochat_jax.train --config=configs/tiny.py

@@ -280,7 +280,10 @@ def read_config(reference: str) -> ConfigDict:
         maker = getattr(module, "get_config", None)
         if maker is None:
             raise ConfigError(f"{path.name} has no function get_config(arg)")
-        settings = maker(argument) if inspect.signature(maker).parameters else maker()
+        takes = inspect.signature(maker).parameters
+        if argument and not takes:
+            raise ConfigError(f"config argument '{argument}': {path.name} takes none")
+        settings = maker(argument) if takes else maker()
     except ConfigError:
         raise
     except Exception as error:

@@ -306,7 +306,7 @@ def test_help_names_flags_and_configs(monkeypatch, capsys, tmp_path):
     assert text.startswith("usage: python -m nanochat_jax.train --config=<config>")
     for line in (
         "--resume         continue or not (auto, never, must) (default auto)",
-        "--help_config", "tiny             A ternary model of 5 M weights", "broken           (cannot be read",
+        "--help_config", "tiny             A ternary model of 7 M weights", "broken           (cannot be read",
     ):  # fmt: skip
         assert line in text
 

@@ -61,17 +61,28 @@ def test_what_does_not_fit_is_said():
     assert not record["fits"] and record["change"] is None and "no change" in report.text(record)
 
 
-def test_wrong_arguments():
-    for reference in ("config_a:denes", "config_b:x", "config_c:x", "auto:12", "auto:d1", "auto:d12,rato=3"):
-        with pytest.raises(ConfigError, match="config argument"):
-            cli.read_config(reference)
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("config_a:denes", "expected loop or dense"), ("config_b:x", "expected loop or dense"),
+        ("config_c:x", "expected fit, loop or dense"), ("config_c:fitloop", "expected fit, loop or dense"),
+        ("nano_125m:x", "nano_125m.py takes none"), ("auto:12", "expected d<layers>"),
+        ("auto:d1", "expected d<layers>"), ("auto:d12,rato=3", "expected key=value"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(reference, message):
+    with pytest.raises(ConfigError, match=f"config argument '.*': {message}"):
+        cli.read_config(reference)
 
 
-@pytest.mark.parametrize("depth", [2, 8, 12, 26])
+@pytest.mark.parametrize("depth", [2, 8, 11, 12, 13, 14, 26])
 def test_the_dial(depth, capsys):
     cfg = cli.get_config(f"auto:d{depth},ratio=10")
     shown = capsys.readouterr().err
     assert cfg.model.layers == depth and cfg.model.heads * 128 == cfg.model.dim >= 64 * depth
+    multiple = 128 if cfg.model.dim < 768 else 256
+    assert cfg.model.dim % multiple == 0 and cfg.model.dim - 64 * depth < multiple
+    assert f"up to a multiple of {multiple}" in shown
     tokens = cfg.train.steps * cfg.data.batch * cfg.data.seq_len
     matrices = depth * 12 * cfg.model.dim**2
     assert cfg.train.steps == 100 or tokens == pytest.approx(10 * matrices, rel=0.01)
