@@ -280,10 +280,9 @@ def read_config(reference: str) -> ConfigDict:
         maker = getattr(module, "get_config", None)
         if maker is None:
             raise ConfigError(f"{path.name} has no function get_config(arg)")
-        takes = inspect.signature(maker).parameters
-        if argument and not takes:
+        if argument and not inspect.signature(maker).parameters:
             raise ConfigError(f"config argument '{argument}': {path.name} takes none")
-        settings = maker(argument) if takes else maker()
+        settings = maker(argument) if inspect.signature(maker).parameters else maker()
     except ConfigError:
         raise
     except Exception as error:
