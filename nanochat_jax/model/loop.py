@@ -52,6 +52,27 @@ def effective_layers(cfg: ModelConfig) -> int:
     return cfg.loop.before + cfg.loop.count * cfg.layers + cfg.loop.after
 
 
+def readouts(cfg: ModelConfig) -> int:
+    """Times that a training step runs the layers after the loops and the head: with an exit gate, per loop."""
+    return cfg.loop.count if cfg.loop.gate != "none" else 1
+
+
+def trained_layers(cfg: ModelConfig) -> int:
+    """Layers that a token passes in a training step."""
+    return effective_layers(cfg) + (readouts(cfg) - 1) * cfg.loop.after
+
+
+def layers_text(cfg: ModelConfig) -> str:
+    """The stacks for people: `1 layer before, 4 layers x 2 loops, 1 layer after`."""
+
+    def some(n: int) -> str:
+        return f"{n} layer{'' if n == 1 else 's'}"
+
+    parts = [f"{some(cfg.loop.before)} before"] if cfg.loop.before else []
+    parts.append(f"{cfg.layers} layers x {cfg.loop.count} loops")
+    return ", ".join([*parts, *([f"{some(cfg.loop.after)} after"] if cfg.loop.after else [])])
+
+
 def param_specs(cfg: ModelConfig) -> dict:
     """The weights under "loop": norm [D], gate/w [D, 1], gate/b [1] or [R - 1]; {} if there are none."""
     c, specs = cfg.loop, {}

@@ -93,6 +93,14 @@ def _stack_specs(model: ModelConfig, cfg: ModelConfig, first: int) -> dict:
     return specs
 
 
+def counts(cfg: ModelConfig) -> dict[str, int]:
+    """Parameters: unique, unrolled (blocks counted once per loop), and in tables."""
+    specs = param_specs(cfg)
+    unique, blocks = P.count(specs), P.count(specs, r"^blocks/")
+    tables = P.count(specs, r"^(value/)?embed$|^head$")
+    return {"unique": unique, "unrolled": unique + (cfg.loop.count - 1) * blocks, "tables": tables}
+
+
 def compute_dtype(cfg: ModelConfig) -> jnp.dtype:
     """The dtype of activations: bfloat16 on accelerators, float32 on CPU unless stated."""
     name = cfg.dtype if cfg.dtype != "auto" else ("float32" if dispatch.backend() == "cpu" else "bfloat16")

@@ -22,6 +22,7 @@ from nanochat_jax.data import pipeline, shards
 from nanochat_jax.evals import loss as eval_loss
 from nanochat_jax.inference import engine, load
 from nanochat_jax.model import flops, transformer
+from nanochat_jax.model import loop as model_loop
 from nanochat_jax.quant import project as projections
 from nanochat_jax.quant import ternary
 from nanochat_jax.telemetry import goodput, logs, manifest
@@ -58,13 +59,11 @@ def parameter_table(cfg: Config) -> str:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    total = params_lib.count(transformer.param_specs(cfg.model))
-    blocks = params_lib.count(transformer.param_specs(cfg.model), r"^blocks/")
-    tables = params_lib.count(transformer.param_specs(cfg.model), r"^(value/)?embed$|^head$")
+    totals = {name: si(count) for name, count in transformer.counts(cfg.model).items()}
     work = flops.train_flops_per_token(cfg.model, cfg.data.seq_len)
     lines.append(
-        f"parameters: {si(total)} unique, {si(total + (cfg.model.loop.count - 1) * blocks)} unrolled, "
-        f"of which {si(tables)} in tables; {si(work)} FLOPs per training token"
+        f"parameters: {totals['unique']} unique, {totals['unrolled']} unrolled, "
+        f"of which {totals['tables']} in tables; {si(work)} FLOPs per training token"
     )
     return "\n".join(lines)
 
@@ -346,7 +345,7 @@ def _banner(cfg: Config, home: Path, corpus: shards.Corpus, progress: Progress, 
     emulated = f" ({', '.join(low)} emulated: right numbers, no gain in speed)" if low else ""
     progress.print(
         f"device: {len(jax.devices())} x {device.device_kind} ({device.platform}), computing in {dtype}\n"
-        f"model:  {si(total)} parameters, {cfg.model.layers} layers x {cfg.model.loop.count} loops, "
+        f"model:  {si(total)} parameters, {model_loop.layers_text(cfg.model)}, "
         f"{cfg.model.quant} matrices{emulated}\n"
         f"data:   {cfg.data.source}: {si(counts['train']['tokens'])} tokens to train on, "
         f"{si(counts['val']['tokens'])} held out; this run sees {rows:.2f} epochs\n"

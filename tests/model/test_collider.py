@@ -306,6 +306,11 @@ def test_products_are_over_kept_rows(key):
 def test_the_formula_counts_the_backward_of_kept_tokens():
     per_token = flops.train_flops_per_token
     assert per_token(CFG, L) == pytest.approx(per_token(of(filter=FilterConfig()), L) * (1 + 2 * 0.5) / 3)
+    # Layers of further tokens are differentiated on all rows (`only_kept`).
+    more, both = of(mtp=MtpConfig(depth=2), filter=FilterConfig()), of(mtp=MtpConfig(depth=2))
+    assert per_token(both, L) - per_token(CFG, L) == pytest.approx(
+        per_token(more, L) - per_token(of(filter=FilterConfig()), L)
+    )
 
 
 # --- the choice

@@ -5,7 +5,8 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from nanochat_jax.config import LogConfig
+from nanochat_jax import optim
+from nanochat_jax.config import Config, LogConfig, LoopConfig, ModelConfig, TrainConfig
 from nanochat_jax.telemetry.anomaly import MIN_VALUES
 from nanochat_jax.telemetry.goodput import Ledger
 from nanochat_jax.telemetry.trace import Trace
@@ -16,10 +17,16 @@ class Sink:
     """Progress and writers in one: remembers."""
 
     def __init__(self):
-        self.printed, self.texts = [], []
+        self.printed, self.texts, self.written = [], [], []
 
     def print(self, line, event="", level="", **fields):
         self.printed.append(line)
+
+    def write(self, step, values):
+        self.written.append((step, values))
+
+    def line(self, step, values):
+        pass
 
     def text(self, step, tag, value):
         self.texts.append((step, tag, value))
@@ -36,6 +43,23 @@ def test_watch_reports_a_spike_of_one_step_once():
         hook(step + 1, None, {"step": float(step), "loss/next_token": 9.0})
     assert len(sink.printed) == 1 and sink.printed[0].startswith("anomaly 40 | loss spike: 9")
     assert [(step, tag) for step, tag, _ in sink.texts] == [(40, "anomaly")]
+
+
+@pytest.mark.parametrize(("term", "known"), [("exit", True), ("gate", False)])
+def test_no_mfu_without_a_backward_pass(term, known, monkeypatch):
+    """The gate's second stage differentiates no layer, which the formula of FLOPs counts."""
+    monkeypatch.setattr(hooks.flops, "peak_flops", lambda kind: 1e12)
+    loops = LoopConfig(count=2, gate="shared")
+    cfg = Config(
+        model=ModelConfig(vocab_size=128, dim=16, layers=1, heads=1, kv_heads=1, head_dim=8, loop=loops),
+        train=TrainConfig(steps=1, loss=((term, 1.0),)),
+    )
+    sink = Sink()
+    _, schedules = optim.build(cfg.opt, 100)
+    hook = hooks.log_metrics(cfg, schedules, sink, sink, Ledger(), Trace(()))
+    hook(1, None, {"step": 1.0, "perf/step_ms": 10.0, "data/wait_ms": 0.0})
+    ((_, mean),) = sink.written
+    assert ("perf/mfu" in mean) == known and mean["perf/tokens_per_second"] > 0
 
 
 def test_watch_reports_starved_steps():
