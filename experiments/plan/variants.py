@@ -67,12 +67,23 @@ LATER: dict[str, dict] = {
         "model.mlp_dim": 512, "data.batch": 16, "model.remat": "block",
     },
 }  # fmt: skip
+# Not compiled yet: they have no row in the table.
+OPEN: dict[str, dict] = {
+    "layers before and after 2 loops, block": {
+        "model.loop.count": 2, "model.loop.before": 1, "model.loop.after": 2, "model.remat": "block",
+    },
+    "exit gate of 2 loops, block": {
+        "model.loop.count": 2, "model.loop.after": 1, "model.loop.gate": "shared", "model.remat": "block",
+        "train.loss": (("exit", 1.0), ("exit_entropy", 0.05)),
+    },
+    "half of the tokens filtered": {"model.filter.keep": 0.5, "model.filter.score": "random"},
+}  # fmt: skip
 
 
 def variant(name: str) -> Config:
     """The config of a variant."""
     settings = defaults()
-    for key, value in (BASE | (VARIANTS | HELD_OUT | LATER)[name]).items():
+    for key, value in (BASE | (VARIANTS | HELD_OUT | LATER | OPEN)[name]).items():
         *path, last = key.split(".")
         group = settings
         for part in path:

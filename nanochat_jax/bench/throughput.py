@@ -20,12 +20,13 @@ from nanochat_jax.train import program
 
 
 def random_rows(cfg: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """One batch of uniformly random tokens, fields [batch, seq_len]."""
+    """One batch of uniformly random tokens, fields [batch, seq_len]; another model's losses are zeros."""
     rng = np.random.default_rng(seed)
     shape = (cfg.data.batch, cfg.data.seq_len)
     tokens = rng.integers(0, cfg.model.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
-    return {
+    reference = {"reference": np.zeros(shape, np.float32)} if cfg.data.reference else {}
+    return reference | {
         "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones(shape, np.float32),
         "segments": np.ones(shape, np.int32), "positions": positions,
     }  # fmt: skip

@@ -4,10 +4,10 @@ import dataclasses
 from typing import Any
 
 from nanochat_jax.config import Config, layer_period
+from nanochat_jax.model import loop, transformer
 from nanochat_jax.plan import fit, memory, speed
 from nanochat_jax.plan.devices import DEVICES, GIB, USABLE
 from nanochat_jax.telemetry.console import si
-from nanochat_jax.types import Batch
 
 # Speeds once published for the three machines, tokens/s (the kind of the config's name -> figure).
 PUBLISHED = {"config_a": 20_000, "config_b": 24_000, "config_c": 18_000}
@@ -28,7 +28,8 @@ def plan(cfg: Config, device: str, fit_text: str = "", compiled: bool = False) -
     change = fit.smallest_change(cfg, limit, card, platform)
     record: dict[str, Any] = {
         "config": cfg.name, "device": device, "devices": cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor,
-        "parameters": memory.counts(cfg.model), "loops": cfg.model.loop.count,
+        "parameters": transformer.counts(cfg.model), "loops": cfg.model.loop.count,
+        "layers": loop.layers_text(cfg.model),
         "memory": dataclasses.asdict(predicted) | {"peak": predicted.peak, "temporary": predicted.temporary},
         "speed": dataclasses.asdict(speed.predict(cfg, card)),
         "limit": limit, "fits": predicted.peak <= limit, "change": change,
@@ -50,16 +51,13 @@ def compile_step(cfg: Config) -> dict[str, int]:
     Raises: ValueError if the platform's compiler has no memory analysis.
     """
     import jax
-    import numpy as np
 
     from nanochat_jax.train import program
 
     if not cfg.model.unroll:
         cfg = fit.changed(cfg, {"model.unroll": layer_period(cfg.model)})
     parts = program.Parts(cfg)
-    rows = jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), np.int32)
-    batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, np.float32), rows, rows)  # type: ignore[arg-type]
-    analysis = parts.step.lower(parts.target, batch).compile().memory_analysis()
+    analysis = parts.step.lower(parts.target, program.batch_shapes(cfg)).compile().memory_analysis()
     if analysis is None:
         raise ValueError(f"no memory analysis on platform {jax.default_backend()}")
     arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
@@ -74,7 +72,7 @@ def text(record: dict[str, Any]) -> str:
     p, m, s = record["parameters"], record["memory"], record["speed"]
     lines = [
         f"{record['config']} on {record['devices']} x {record['device']}",
-        f"parameters   {si(p['unique'])} unique, {si(p['unrolled'])} unrolled ({record['loops']} loops: compute "
+        f"parameters   {si(p['unique'])} unique, {si(p['unrolled'])} unrolled ({record['layers']}: compute "
         f"like that many, stored once), of which {si(p['tables'])} in tables",
         "memory of each device, GiB:",
     ]

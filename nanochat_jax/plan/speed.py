@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from nanochat_jax import optim
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import Config
-from nanochat_jax.model import flops, transformer
+from nanochat_jax.model import flops, loop, transformer
 from nanochat_jax.plan import memory
 from nanochat_jax.plan.devices import Device
 
 EFFICIENCY = 0.5
 PASSES = 3  # each saved tensor is written once and read about twice
-AGAIN = {"none": 1.0, "dots": 1.0, "block": 4 / 3}  # products of the blocks with those made a second time
+AGAIN = {"none": 1.0, "dots": 1.0, "block": 4 / 3}  # products with those made a second time
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ def predict(cfg: Config, device: Device) -> Speed:
     work = flops.train_flops_per_token(cfg.model, cfg.data.seq_len)
     tokens = cfg.data.batch * cfg.data.seq_len
     peak = devices * device.flops
-    products = tokens * work * AGAIN[cfg.model.remat] + optimizer_flops(cfg)
-    saved = memory.layer_bytes(cfg.model, cfg.data.seq_len, 2, "gpu", "none")
+    products = tokens * products_per_token(cfg) + optimizer_flops(cfg)
+    saved = memory.layer_bytes(cfg.model, cfg.data.seq_len, 2, "gpu", "none", cfg.mesh.tensor)
     streams = memory.STREAMS * cfg.model.mhc.streams * cfg.model.dim * 2 * (cfg.model.mhc.streams > 1)
-    traffic = PASSES * tokens * cfg.model.layers * cfg.model.loop.count * (saved + streams) / devices
+    applied = passes(cfg) * loop.trained_layers(cfg.model) + PASSES * cfg.model.mtp.depth
+    traffic = applied * tokens * (saved + streams) / (cfg.mesh.data * cfg.mesh.fsdp)
     bytes_ = memory.predict(cfg)
     update = 6 * bytes_.parameters + 2 * bytes_.optimizer  # read and write each; gradients and updates too
     exchanged = 2 * bytes_.gradients * (devices - 1) / devices
@@ -59,6 +60,22 @@ def predict(cfg: Config, device: Device) -> Speed:
         work, tokens, seconds, tokens / seconds, tokens / seconds * work / peak, hours,
         hours * devices * device.watts / 1000, peak / work,
     )  # fmt: skip
+
+
+def products_per_token(cfg: Config) -> float:
+    """FLOPs per token with products made a second time: what a device runs, where MFU counts each once."""
+    trunk, further = flops.parts(cfg.model, cfg.data.seq_len)
+    if cfg.model.filter.keep == 1:
+        return (trunk + further) * AGAIN[cfg.model.remat]
+    # Kept rows run forward once more before they are differentiated (model/collider.py).
+    return trunk * (1 + 3 * flops.kept_share(cfg.model, cfg.data.seq_len)) / 3 + further
+
+
+def passes(cfg: Config) -> float:
+    """Passes over a layer's tensors. With a filter all rows are written, and the kept ones once more and read."""
+    if cfg.model.filter.keep == 1:
+        return PASSES
+    return 1 + PASSES * flops.kept_share(cfg.model, cfg.data.seq_len)
 
 
 def optimizer_flops(cfg: Config) -> float:

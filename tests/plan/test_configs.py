@@ -4,6 +4,7 @@ import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.config import ConfigError
+from nanochat_jax.model import transformer
 from nanochat_jax.plan import memory, report
 from nanochat_jax.plan.devices import DEVICES, USABLE
 
@@ -37,11 +38,11 @@ def test_published_settings(name):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_are_those_of_the_names(name):
-    counts = memory.counts(cli.get_config(f"{name}:loop").model)
+    counts = transformer.counts(cli.get_config(f"{name}:loop").model)
     unrolled, unique = COUNTS[name]
     assert counts["unrolled"] == pytest.approx(unrolled * 1e9, rel=0.01)
     assert counts["unique"] == pytest.approx(unique * 1e9, rel=0.01)
-    dense = memory.counts(cli.get_config(f"{name}:dense").model)
+    dense = transformer.counts(cli.get_config(f"{name}:dense").model)
     # config_b's table is untied in the loop and tied here, as in the counts the names come from
     assert (
         dense["unique"] == pytest.approx(DENSE[name] * 1e9, rel=0.01) and dense["unrolled"] == dense["unique"]

@@ -11,8 +11,12 @@ from nanochat_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    FilterConfig,
+    GaloreConfig,
+    LoopConfig,
     MeshConfig,
     ModelConfig,
+    MtpConfig,
     TrainConfig,
     resolve,
     to_dict,
@@ -48,6 +52,23 @@ def test_candidates_are_valid_and_distinct():
     }  # fmt: skip
     for change in found[::7]:
         resolve(to_dict(fit.changed(CFG, change)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "never"),
+    [
+        ({"model.filter": FilterConfig(0.5, "random")}, "model.remat"),
+        ({"opt.galore": GaloreConfig(rank=64, min_dim=128, momentum="rotate")}, "opt.matrix.state_bits"),
+    ],
+)
+def test_only_what_a_run_takes_is_advised(changes, never):
+    cfg = fit.changed(CFG, changes)
+    found = list(fit.candidates(cfg))
+    assert len(found) > 1 and not any(never in change for change in found)
+    for change in found[::7]:
+        resolve(to_dict(fit.changed(cfg, change)))
+    change = fit.smallest_change(cfg, memory.predict(cfg).peak // 2, CARD)
+    assert change and never not in change
 
 
 def test_the_smallest_change_fits_and_nothing_smaller_does():
@@ -149,6 +170,28 @@ def test_speed_stays_below_the_ceiling():
         assert s.kilowatt_hours == pytest.approx(s.hours * 2 * card.watts / 1000)
     again = speed.predict(fit.changed(CFG, {"model.remat": "block"}), CARD)
     assert again.seconds_per_step > speed.predict(CFG, CARD).seconds_per_step
+
+
+def test_kept_rows_run_forward_twice():
+    """1 + 3r of a forward pass instead of 3, further tokens as always; MFU counts 1 + 2r."""
+    plain = fit.changed(CFG, {"train.microbatches": 1})
+    kept = fit.changed(plain, {"model.filter": FilterConfig(0.25, "random")})
+    whole = flops.train_flops_per_token(MODEL, 1024)
+    assert speed.products_per_token(plain) == whole
+    assert speed.products_per_token(kept) == pytest.approx(whole * 1.75 / 3)
+    assert speed.predict(kept, CARD).flops_per_token == pytest.approx(whole * 1.5 / 3)
+    more = {"model.mtp": MtpConfig(depth=2)}
+    further = flops.train_flops_per_token(fit.changed(plain, more).model, 1024) - whole
+    assert speed.products_per_token(fit.changed(kept, more)) == pytest.approx(whole * 1.75 / 3 + further)
+    # In bytes: all rows written once, kept ones once more and read twice.
+    assert speed.passes(plain) == 3 and speed.passes(kept) == 1.75
+
+
+def test_the_report_names_every_stack():
+    shown = report.text(report.plan(CFG, "h100"))
+    assert "8 layers x 1 loops: compute" in shown
+    outside = fit.changed(CFG, {"model.loop": LoopConfig(count=2, before=1, after=2)})
+    assert "1 layer before, 8 layers x 2 loops, 2 layers after: " in report.text(report.plan(outside, "h100"))
 
 
 @pytest.mark.multiprocess

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from nanochat_jax import losses
+from nanochat_jax.bench import throughput
 from nanochat_jax.config import (
     Config,
     DataConfig,
+    FilterConfig,
     GaloreConfig,
     GroupConfig,
     LoopConfig,
@@ -24,13 +26,14 @@ from nanochat_jax.config import (
     TrainConfig,
 )
 from nanochat_jax.model import transformer
-from nanochat_jax.plan import memory, report
+from nanochat_jax.plan import memory, report, speed
+from nanochat_jax.plan.devices import DEVICES
 from nanochat_jax.train import program
 from nanochat_jax.types import Batch
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments/plan"
 sys.path.insert(0, str(EXPERIMENT))
-from variants import HELD_OUT, LATER, VARIANTS, variant  # noqa: E402
+from variants import HELD_OUT, LATER, OPEN, VARIANTS, variant  # noqa: E402
 
 SMALL = ModelConfig(
     vocab_size=256, dim=32, layers=4, heads=2, kv_heads=2, head_dim=16, mlp_dim=64, unroll=1
@@ -75,23 +78,26 @@ def test_bytes_on_each_device_are_those_of_the_real_layout(opt, mesh):
     assert predicted.optimizer == on_one((parts.target.opt_state, parts.target.step))
 
 
-def saved_by_the_layers(cfg):
-    """Bytes per token that the forward scan over layers hands to the backward pass, from the jaxpr."""
+def scans_over_layers(cfg, lengths):
+    """What the forward scans of these lengths hand to the backward pass, bytes each, from the jaxpr."""
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), transformer.param_specs(cfg.model)
     )
-    rows = jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), np.int32)
-    batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, np.float32), rows, rows)
-    gradient = jax.value_and_grad(losses.make_loss(cfg.model, (("next_token", 1.0),)), has_aux=True)
-    traced = jax.make_jaxpr(gradient)(params, batch, jax.random.key(0))
+    gradient = jax.value_and_grad(losses.make_loss(cfg.model, cfg.train.loss), has_aux=True)
+    traced = jax.make_jaxpr(gradient)(params, program.batch_shapes(cfg), jax.random.key(0))
     loops = [
         e for e in traced.jaxpr.eqns
-        if e.primitive.name == "scan" and e.params["length"] == cfg.model.layers and not e.params["reverse"]
+        if e.primitive.name == "scan" and e.params["length"] in lengths and not e.params["reverse"]
     ]  # fmt: skip
-    assert len(loops) == cfg.model.loop.count
-    outputs = loops[0].outvars[loops[0].params["num_carry"] :]
-    saved = sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in outputs)
-    return saved / cfg.model.layers / (cfg.data.batch * cfg.data.seq_len)
+    outputs = [e.outvars[e.params["num_carry"] :] for e in loops]
+    return [sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in each) for each in outputs]
+
+
+def saved_by_the_layers(cfg):
+    """Bytes per token that one layer hands to the backward pass."""
+    saved = scans_over_layers(cfg, {cfg.model.layers})
+    assert len(saved) == cfg.model.loop.count
+    return saved[0] / cfg.model.layers / (cfg.data.batch * cfg.data.seq_len)
 
 
 @pytest.mark.parametrize("changes", [{}, {"mlp": "relu2", "kv_heads": 1}, {"norm": "weightless"}])
@@ -99,6 +105,7 @@ def saved_by_the_layers(cfg):
 def test_saved_tensors_are_those_of_the_traced_program(remat, changes):
     cfg = config(dataclasses.replace(SMALL, remat=remat, **changes), batch=64)
     formula = memory.layer_bytes(cfg.model, 128, 4, "cpu", remat)
+    formula += memory.copied_bytes(cfg.model, "cpu") / (64 * 128)
     tolerance = 0.03 if remat == "none" else 1e-9
     assert saved_by_the_layers(cfg) == pytest.approx(formula, rel=tolerance)
 
@@ -110,6 +117,126 @@ def test_a_recomputed_layer_saves_its_input_and_no_weights(streams):
         SMALL, remat="block", loop=LoopConfig(count=2), mhc=MhcConfig(streams=streams)
     )
     assert saved_by_the_layers(config(model, batch=2)) == streams * 32 * 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"mlp": "relu2", "kv_heads": 1}, {"dtype": "bfloat16"}, {"quant": "ternary"}, {"quant": "nvfp4"},
+        {"quant": "ternary", "quant_group": 16}, {"quant": "fp8"}, {"quant": "fp4_rows"},
+        {"quant": "mxfp4_grad"}, {"quant": "ternary_nvfp4"},
+    ],
+)  # fmt: skip
+def test_copies_of_weights_are_counted(changes):
+    """What stays when there are no rows, from two numbers of rows; gains, scales and keys beside it."""
+    one, two = (config(dataclasses.replace(SMALL, **changes), batch=n) for n in (1, 2))
+    rest = 2 * scans_over_layers(one, {4})[0] - scans_over_layers(two, {4})[0]
+    copied = memory.copied_bytes(one.model, "cpu")
+    assert rest / 4 == pytest.approx(copied, rel=0.2, abs=600)
+    plan = [memory.predict(cfg, "cpu").activations for cfg in (one, two)]
+    assert 2 * plan[0] - plan[1] == 4 * copied
+    for none in ({"remat": "block"}, {"filter": FilterConfig(0.5, "random")}):
+        assert memory.copied_bytes(dataclasses.replace(one.model, **none), "cpu") == 0
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_a_filtered_layer_saves_its_input_keys_and_values(streams):
+    model = dataclasses.replace(
+        SMALL, kv_heads=1, mhc=MhcConfig(streams=streams), filter=FilterConfig(0.25, "random")
+    )
+    cfg = config(model, batch=2)
+    assert saved_by_the_layers(cfg) == 4 * (32 * streams + 2 * 16)
+    filtered, plain = (memory.predict(config(m, batch=2), "cpu") for m in (
+        model, dataclasses.replace(model, filter=FilterConfig())
+    ))  # fmt: skip
+    assert filtered.activations == 4 * 2 * 128 * 4 * (32 * streams + 2 * 16)
+    # A quarter of the rows' work, and the gradient of all rows' input.
+    assert filtered.layer == pytest.approx(plain.layer / 4 + 2 * 128 * 32 * streams * 4)
+
+
+def test_layers_before_and_after_the_loops_save_as_well():
+    """And with an exit gate those after them once per loop, with gradients of their own."""
+    outer = LoopConfig(count=2, before=3, after=5, gate="shared")
+    model = dataclasses.replace(SMALL, loop=outer, remat="block")
+    exits = TrainConfig(loss=(("exit", 1.0), ("exit_entropy", 0.1)))
+    cfg = dataclasses.replace(config(model), train=exits)
+    saved, predicted = scans_over_layers(cfg, {3, 4, 5}), memory.predict(cfg, "cpu")
+    assert len(saved) == 5 and predicted.activations == sum(saved)
+    layer = 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
+    assert predicted.accumulated == (4 + 5) * layer
+    ungated = dataclasses.replace(model, loop=dataclasses.replace(outer, gate="none"))
+    plain = memory.predict(config(ungated), "cpu")
+    assert plain.activations == sum(saved) * 16 // 21 and plain.accumulated == 4 * layer
+    # Two hidden states instead of one, and their gradients.
+    assert predicted.edges - plain.edges == 3 * 8 * 128 * 32 * 4
+
+
+def test_where_a_layer_is_makes_no_difference():
+    """Also to the speed."""
+    whole, parts = (
+        config(dataclasses.replace(SMALL, layers=n, loop=LoopConfig(before=k, after=k)))
+        for n, k in ((4, 0), (2, 1))
+    )
+    assert memory.predict(whole).activations == memory.predict(parts).activations
+    seconds = [speed.predict(cfg, DEVICES["h100"]).seconds_per_step for cfg in (whole, parts)]
+    assert seconds[0] == pytest.approx(seconds[1])
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+def test_a_split_layer_is_one_with_fewer_heads(remat, platform):
+    """Of two devices that share heads and the MLP, each saves what a layer of half of them does."""
+    model, mesh = dataclasses.replace(SMALL, remat=remat), MeshConfig(tensor=2)
+    half = dataclasses.replace(model, heads=1, kv_heads=1, mlp_dim=32)
+    split, halved = memory.predict(config(model, mesh=mesh), platform), memory.predict(config(half), platform)
+    assert split.activations == halved.activations and split.layer == halved.layer
+
+
+@pytest.mark.parametrize("quant", ["fp8", "fp8_nvfp4", "nvfp4"])
+def test_emulated_formats_need_copies(quant):
+    assert (
+        memory.predict(config(dataclasses.replace(SMALL, quant=quant))).layer > memory.predict(config()).layer
+    )
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_variants_without_figures_resolve(name):
+    """And are predicted to need something else than without their changes."""
+    assert memory.predict(variant(name), "cpu").temporary != memory.predict(variant("base"), "cpu").temporary
+
+
+def reads_a_reference(cfg):
+    model = dataclasses.replace(cfg.model, filter=FilterConfig(0.5))
+    return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, reference="losses.npy"))
+
+
+@pytest.mark.parametrize("made", [lambda cfg: cfg, reads_a_reference])
+def test_batches_made_elsewhere_are_those_of_the_pipeline(made, monkeypatch):
+    """The plan's bytes, the benchmark's random rows, and what --compile lowers the step with."""
+    cfg = made(config())
+    shapes = program.batch_shapes(cfg)
+    fields = {f.name: getattr(shapes, f.name) for f in dataclasses.fields(shapes)}
+    fields = {name: (s.shape, s.dtype) for name, s in fields.items() if s is not None}
+    rows = throughput.random_rows(cfg)
+    assert {name: (a.shape, a.dtype) for name, a in rows.items()} == fields
+    assert memory.predict(cfg).batch == sum(a.nbytes for a in rows.values())
+
+    class LoweredError(Exception):
+        pass
+
+    class Parts:
+        target, step = None, None
+
+        def __init__(self, cfg):
+            self.step = self
+
+        def lower(self, target, batch):
+            raise LoweredError(batch)
+
+    monkeypatch.setattr(program, "Parts", Parts)
+    with pytest.raises(LoweredError) as caught:
+        report.compile_step(cfg)
+    assert caught.value.args == (shapes,)
 
 
 def test_one_layer_per_scan_step_equals_all_at_once(key):
@@ -131,16 +258,18 @@ def test_one_layer_per_scan_step_equals_all_at_once(key):
 def test_what_must_grow_grows():
     base = memory.predict(config())
     accumulating = memory.predict(dataclasses.replace(config(), train=TrainConfig(microbatches=4)))
-    assert accumulating.accumulated == base.gradients and accumulating.activations == base.activations // 4
+    weights = 4 * memory.copied_bytes(SMALL, "gpu")  # whatever the rows
+    assert accumulating.accumulated == base.gradients
+    assert accumulating.activations - weights == (base.activations - weights) // 4
     looped = memory.predict(config(dataclasses.replace(SMALL, loop=LoopConfig(count=3))))
     assert looped.activations == 3 * base.activations and looped.parameters == base.parameters
-    assert memory.predict(config(batch=16)).activations == 2 * base.activations
+    assert memory.predict(config(batch=16)).activations == 2 * base.activations - weights
     assert memory.predict(config(), "cpu").activations > 1.9 * base.activations  # float32, shares
 
 
 def test_counts():
     model = dataclasses.replace(SMALL, loop=LoopConfig(count=4))
-    counted = memory.counts(model)
+    counted = transformer.counts(model)
     blocks = 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
     assert counted == {
         "unique": blocks + 2 * 256 * 32 + 32, "unrolled": 4 * blocks + 2 * 256 * 32 + 32, "tables": 2 * 256 * 32,
