@@ -90,7 +90,10 @@ def test_only_the_named_matrices_are_packed():
     assert sum(map(leaf, jax.tree.leaves(packed, is_leaf=leaf))) == 6  # this block has no gate
 
 
-@pytest.mark.parametrize(("block", "impl"), [("modern", "auto"), ("portable", "interpret")])
+@pytest.mark.parametrize(
+    ("block", "impl"),
+    [("modern", "auto"), pytest.param("portable", "interpret", marks=pytest.mark.slow)],
+)
 def test_greedy_generation_is_unchanged(block, impl):
     cfg = dataclasses.replace(CFG, layers=2 if impl == "auto" else 1, **BLOCKS[block])
     params = params_of(cfg)
@@ -104,6 +107,7 @@ def test_greedy_generation_is_unchanged(block, impl):
     assert len(set(plain)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [0, 16])
 def test_logits_change_by_rounding_only(group):
     """XLA fuses what surrounds the products differently, and rounding can move an activation to the

@@ -24,7 +24,7 @@ TECHNIQUES = {
     "8 bits": {"opt.matrix.state_bits": 8, "opt.codes.block": 32},
 }
 SMALL = {
-    "model.quant": "full", "model.vocab_size": 256, "model.dim": 32, "model.layers": 2, "model.heads": 2,
+    "model.quant": "full", "model.vocab_size": 256, "model.dim": 32, "model.layers": 1, "model.heads": 2,
     "model.kv_heads": 2, "model.head_dim": 16, "model.mlp_dim": 64, "data.seq_len": 32, "data.batch": 8,
     "train.steps": 20, "train.loss_chunk": 64, "opt.schedule.warmup_steps": 1,
 }  # fmt: skip
