@@ -61,9 +61,9 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
     batch.future (computed from this batch if it is None, see `make_prepare`); its metrics are nats per
     token: "loss/mtp_<i>" of each offset, and their mean weighted by decay^(i-1) as "loss/mtp".
     With model.filter the loss is that of the kept tokens (model/collider.py); the metrics of terms stay
-    sums over all tokens, but for "mtp", and those of `collider.metrics` join them. With the terms of the exit gate there
-    are also "loss/loop_<r>", the plain nll after each loop, and `loop.metrics`. The term "gate" lets
-    nothing but the gate learn.
+    sums over all tokens, but for "mtp", and those of `collider.metrics` join them. With the terms of the
+    exit gate there are also "loss/loop_<r>", the plain nll after each loop, and `loop.metrics`. The term
+    "gate" lets nothing but the gate learn.
     Raises: ValueError for the term "mtp" at depth 0, for those of the gate without one, and for those of
     the gate with model.filter.
     """
@@ -85,6 +85,8 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
         drawing = project.keyed(key)
+        if future and batch.future is None:
+            batch = make_prepare(cfg)(batch)
         if exits["gate"]:
             params = _only_gate(params)
         over, rider = functools.partial(token_loss, cfg, chunk, tuple(coefficients.items())), None
@@ -104,7 +106,6 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
             else:
                 main, sums, filtered, index_Bk = _filtered_loss(cfg, chunk, over, output, head, batch, key)
                 if future:
-                    batch = make_prepare(cfg)(batch) if batch.future is None else batch
                     hidden, weights = collider.only_kept(hidden, batch.future, index_Bk)
                     batch = batch.replace(future=weights)  # type: ignore[attr-defined]
             total = main if not metrics else total + main
@@ -144,7 +145,6 @@ def make_prepare(cfg: ModelConfig) -> Callable[[Batch], Batch]:
 def _future_loss(cfg, project, chunk, coefficient, params, hidden_BLD, batch):
     """coefficient * sum_i decay^(i-1) L_i, and the metrics."""
     depth = cfg.mtp.depth
-    batch = make_prepare(cfg)(batch) if batch.future is None else batch
     project = project.spared()  # these are last layers, which FP4 harms most
     hidden_MBLD = mtp.future_hidden(
         cfg, project, transformer.last_layer(cfg, project, batch),

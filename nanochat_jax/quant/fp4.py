@@ -26,8 +26,8 @@ to the order of summation. It is slower than no FP4 at all; it shows what FP4 do
 A tensor's scale sees all tokens of the batch: NVFP4 activations of a token depend, in their last
 bits, on tokens after it.
 
-XLA on CPU takes subnormal float32 for zero, and turns a division by a
-scalar into a multiplication by its rounded reciprocal: scales stay normal here, and divisors are arrays.
+XLA on CPU takes subnormal float32 for zero, and turns a division by a scalar into a multiplication by
+its rounded reciprocal: scales stay normal here, and divisors are arrays.
 """
 
 import math
@@ -63,7 +63,8 @@ class Blocks(NamedTuple):
 # --- levels
 
 
-def _step(magnitude: jax.Array) -> jax.Array:
+def spacing(magnitude: jax.Array) -> jax.Array:
+    """Distance from the level at or below each magnitude (below 6) to the next one."""
     return jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
 
 
@@ -73,7 +74,7 @@ def nearest(z: jax.Array) -> jax.Array:
     Equal to a cast to float4_e2m1fn and back, the sign of zero included; NaN stays NaN.
     """
     magnitude = jnp.abs(z)
-    step = _step(magnitude)
+    step = spacing(magnitude)
     return jnp.copysign(jnp.minimum(jnp.round(magnitude / step) * step, TOP), z)
 
 
@@ -83,7 +84,7 @@ def stochastic(z: jax.Array, u: jax.Array) -> jax.Array:
     Args: z: float32 [...]. u: float32, z's shape, uniform in (0, 1) as `uniform` makes it.
     """
     magnitude = jnp.minimum(jnp.abs(z), TOP)
-    step = _step(magnitude)
+    step = spacing(magnitude)
     return jnp.copysign(jnp.floor(magnitude / step + u) * step, z)
 
 

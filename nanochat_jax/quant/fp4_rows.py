@@ -22,20 +22,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.quant import fp4
+from nanochat_jax.quant import fp4, fp8
 
 ESTIMATE_TOP = 3.0
 
 
-def _scaled(v: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    top = jnp.max(jnp.abs(v), axis, keepdims=True)
-    scale = jnp.where(top == 0, 1.0, jnp.maximum(top / fp4.TOP, jnp.finfo(jnp.float32).tiny))
-    return v / jnp.broadcast_to(scale, v.shape), scale
-
-
 def columns(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(levels float32 [m, n], scale float32 [1, n]) of a weight."""
-    ratio, scale = _scaled(w.astype(jnp.float32), 0)
+    ratio, scale = fp8.scaled(w.astype(jnp.float32), fp4.TOP, 0)
     return fp4.nearest(ratio), scale
 
 
@@ -46,20 +40,20 @@ def rows(x: jax.Array, outliers: float) -> tuple[jax.Array, jax.Array | None]:
     """
     x = x.astype(jnp.float32)
     if not outliers:
-        ratio, scale = _scaled(x, -1)
+        ratio, scale = fp8.scaled(x, fp4.TOP, -1)
         return fp4.nearest(ratio), scale
     count = min(math.ceil(outliers * x.shape[-1]), x.shape[-1] - 1)
     limit = jax.lax.top_k(jnp.abs(x), count + 1)[0][..., -1:]
     inside = jnp.clip(x, -limit, limit)
-    ratio, scale = _scaled(inside, -1)
+    ratio, scale = fp8.scaled(inside, fp4.TOP, -1)
     return fp4.nearest(ratio) * scale + (x - inside), None
 
 
 def estimate(w: jax.Array, power: float) -> jax.Array:
     """f' of each weight [m, n], float32 in (0, 3]; 1 everywhere for power 1 (straight-through)."""
-    ratio, _ = _scaled(w.astype(jnp.float32), 0)
+    ratio, _ = fp8.scaled(w.astype(jnp.float32), fp4.TOP, 0)
     magnitude = jnp.minimum(jnp.abs(ratio), fp4.TOP)
-    step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
+    step = fp4.spacing(magnitude)
     distance = jnp.abs(2 * (magnitude / step - jnp.floor(magnitude / step)) - 1)
     # The power of 0 is infinite; below the smallest normal number the minimum decides anyway.
     root = jnp.maximum(distance, jnp.finfo(jnp.float32).tiny) ** (1 / power - 1)

@@ -15,20 +15,27 @@ import jax.numpy as jnp
 FORMATS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 
 
+def scaled(v: jax.Array, limit: float, axis: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """(v / scale, scale) such that the largest entry along the axis (None: of all) becomes +-limit.
+
+    Args: v: float32. Returns: float32 in v's shape, and with the axis kept. Zeros have the scale 1.
+    """
+    top = jnp.max(jnp.abs(v), axis, keepdims=True)
+    # A tiny array would make the scale subnormal, which is 0 on CPU.
+    scale = jnp.where(top == 0, 1.0, jnp.maximum(top / limit, jnp.finfo(jnp.float32).tiny))
+    # An array as divisor: XLA on CPU multiplies by the rounded reciprocal of a scalar.
+    return v / jnp.broadcast_to(scale, v.shape), scale
+
+
 def quantize(v: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
     """(codes in v's shape, scale float32 []) with v close to codes * scale.
 
     Args: name: in FORMATS. A tensor of zeros has scale 1; one with a NaN has it everywhere.
     """
     dtype = FORMATS[name]
-    v = v.astype(jnp.float32)
-    top = jnp.max(jnp.abs(v))
-    limit = jnp.asarray(jnp.finfo(dtype).max, jnp.float32)
-    # A tiny tensor would make the scale subnormal, which is 0 on CPU.
-    scale = jnp.where(top == 0, 1.0, jnp.maximum(top / limit, jnp.finfo(jnp.float32).tiny))
-    # An array as divisor: XLA on CPU multiplies by the rounded reciprocal of a scalar.
-    ratio = v / jnp.broadcast_to(scale, v.shape)
-    return jnp.clip(ratio, -limit, limit).astype(dtype), scale
+    limit = float(jnp.finfo(dtype).max)
+    ratio, scale = scaled(v.astype(jnp.float32), limit)
+    return jnp.clip(ratio, -limit, limit).astype(dtype), scale.reshape(())
 
 
 def dgrad(dy_Tn: jax.Array, w_mn: jax.Array, exact: bool) -> jax.Array:

@@ -30,23 +30,13 @@ from nanochat_jax.quant import fp4, fp4_rows, fp8, ternary
 from nanochat_jax.types import Key
 
 
-def _fp4_weight(name: str, w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
-    codes, tensor = fp4.scaled_levels(w, name, tiles=True)
+def _tensor_weight(quantize: Callable, w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    codes, tensor = quantize(w)
     return codes, tensor.reshape(1, 1)
 
 
-def _fp4_act(name: str, x: jax.Array, how: Fp4Config) -> tuple[jax.Array, jax.Array]:
-    codes, tensor = fp4.scaled_levels(x, name)
-    return codes, jnp.broadcast_to(tensor, (*x.shape[:-1], 1))
-
-
-def _fp8_weight(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
-    codes, tensor = fp8.quantize(w, "e4m3")
-    return codes, tensor.reshape(1, 1)
-
-
-def _fp8_act(x: jax.Array, how: Fp4Config) -> tuple[jax.Array, jax.Array]:
-    codes, tensor = fp8.quantize(x, "e4m3")
+def _tensor_act(quantize: Callable, x: jax.Array, how: Fp4Config) -> tuple[jax.Array, jax.Array]:
+    codes, tensor = quantize(x)
     return codes, jnp.broadcast_to(tensor, (*x.shape[:-1], 1))
 
 
@@ -82,16 +72,22 @@ def _fp8_gradients(dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Ar
 WEIGHTS: dict[str, Callable] = {
     "full": lambda w, group: (w, None),
     "ternary": ternary.quantize_ternary,
-    "fp8": _fp8_weight,
+    "fp8": functools.partial(_tensor_weight, functools.partial(fp8.quantize, name="e4m3")),
     "fp4_rows": lambda w, group: fp4_rows.columns(w),
-    **{name: functools.partial(_fp4_weight, name) for name in fp4.FORMATS},
+    **{
+        name: functools.partial(_tensor_weight, functools.partial(fp4.scaled_levels, name=name, tiles=True))
+        for name in fp4.FORMATS
+    },
 }
 ACTIVATIONS: dict[str, Callable] = {
     "full": lambda x, how: (x, None),
     "int8": lambda x, how: ternary.int8_rows(x),
-    "fp8": _fp8_act,
+    "fp8": functools.partial(_tensor_act, functools.partial(fp8.quantize, name="e4m3")),
     "fp4_rows": lambda x, how: fp4_rows.rows(x, how.outliers),
-    **{name: functools.partial(_fp4_act, name) for name in fp4.FORMATS},
+    **{
+        name: functools.partial(_tensor_act, functools.partial(fp4.scaled_levels, name=name))
+        for name in fp4.FORMATS
+    },
 }
 # (dy, dy * w's scale, x, w's codes, whether w's codes are in a low-bit format, settings, key) -> (dx, dw)
 GRADIENTS: dict[str, Callable] = {

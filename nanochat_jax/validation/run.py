@@ -8,7 +8,7 @@ from nanochat_jax.validation.checks import ConfigError, at_least, choice, divide
 from nanochat_jax.validation.optimizer import GROUPS, validate_galore
 
 if TYPE_CHECKING:
-    from nanochat_jax.config import Config, DataConfig, OptConfig
+    from nanochat_jax.config import Config, DataConfig
 
 LOSS_TERMS = ("next_token", "z", "logit_entropy", "mtp", "exit", "exit_entropy", "gate")
 
@@ -64,17 +64,12 @@ def _validate_loss(c: Config) -> None:
         )
     if depth >= c.data.seq_len:
         raise ConfigError(f"'model.mtp.depth' = {depth} must be less than 'data.seq_len' = {c.data.seq_len}")
-    _validate_exit_loss(dict(loss), c.model.loop.gate, c.opt)
-    exits = [name for name, _ in loss if name in ("exit", "exit_entropy", "gate")]
-    if exits and c.model.filter.keep < 1:
-        raise ConfigError(
-            f"'model.filter.keep' must be 1 with the term '{exits[0]}' in train.loss, which learns from all "
-            f"tokens, got {c.model.filter.keep}"
-        )
+    _validate_exit_loss(c)
 
 
-def _validate_exit_loss(loss: dict[str, float], gate: str, opt: OptConfig) -> None:
+def _validate_exit_loss(c: Config) -> None:
     """The exit gate and the terms that train it come together; its second stage trains nothing else."""
+    loss, gate, opt = dict(c.train.loss), c.model.loop.gate, c.opt
     terms = [name for name in ("exit", "exit_entropy", "gate") if name in loss]
     if gate == "none" and terms:
         raise ConfigError(
@@ -100,6 +95,11 @@ def _validate_exit_loss(loss: dict[str, float], gate: str, opt: OptConfig) -> No
         raise ConfigError(
             "'train.loss' has the term 'gate', which never trains the first loop's bias of "
             "model.loop.gate = 'per_loop'; use 'shared'"
+        )
+    if terms and c.model.filter.keep < 1:
+        raise ConfigError(
+            f"'model.filter.keep' must be 1 with the term '{terms[0]}' in train.loss, which learns from all "
+            f"tokens, got {c.model.filter.keep}"
         )
 
 
