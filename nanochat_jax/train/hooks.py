@@ -141,10 +141,10 @@ def log_metrics(
             left = (cfg.train.steps - step) * 1e-3 * sums["perf/step_ms"] / count
             progress.bar(step, left or None)
             return
-        now = clock()
-        # The clock of the interval, but at least what its steps took: when the interval is a single
-        # step, that step may have been computed before the clock of the interval began.
-        seconds = max(now - began - (ledger.paused() - pauses), 1e-3 * sums["perf/step_ms"], 1e-9)
+        now, paused = clock(), ledger.paused()
+        seconds = max(now - began - (paused - pauses), 1e-9)
+        with ledger.within("step"):  # what is computed below comes after the step that is still running
+            jax.block_until_ready(state)
         mean = {name: total / count for name, total in sums.items() if name != "step"}
         speed = tokens_per_step * count / seconds
         skipped = int(metrics.get("opt/skipped", 0))
@@ -167,7 +167,8 @@ def log_metrics(
         trace.end(span, step=step, steps=count, step_ms=mean["perf/step_ms"], data_ms=mean["data/wait_ms"])
         span = trace.begin("interval")
         sums.clear()
-        count, began, pauses = 0, clock(), ledger.paused()
+        # From here on, not from when the above is done: the next interval's first step is running already.
+        count, began, pauses = 0, now, paused
 
     return hook
 

@@ -28,6 +28,9 @@ class Sink:
     def line(self, step, values):
         pass
 
+    def bar(self, step, eta):
+        pass
+
     def text(self, step, tag, value):
         self.texts.append((step, tag, value))
 
@@ -60,6 +63,34 @@ def test_no_mfu_without_a_backward_pass(term, known, monkeypatch):
     hook(1, None, {"step": 1.0, "perf/step_ms": 10.0, "data/wait_ms": 0.0})
     ((_, mean),) = sink.written
     assert ("perf/mfu" in mean) == known and mean["perf/tokens_per_second"] > 0
+
+
+def test_an_interval_counts_the_step_that_logging_waits_for(monkeypatch):
+    """A device with steps of 100 ms: each interval says so, and waiting is training, not telemetry."""
+    now = 0.0
+    monkeypatch.setattr(hooks.time, "perf_counter", lambda: now)
+    ledger, sink = Ledger(lambda: now), Sink()
+
+    def wait(state):  # until the step is over that was dispatched before the metrics arrived
+        nonlocal now
+        now = 0.1 * (done + 1)
+
+    monkeypatch.setattr(hooks.jax, "block_until_ready", wait)
+    cfg = Config(train=TrainConfig(steps=100), log=LogConfig(every_steps=5))
+    _, schedules = optim.build(cfg.opt, 100)
+    hook = hooks.log_metrics(cfg, schedules, sink, sink, ledger, Trace(()))
+    monkeypatch.setattr(hooks, "_ternary", lambda *args: {})
+    hook = hooks.booked(hook, "telemetry", ledger)
+    with ledger.within("step"):
+        hook(1, None, {})
+        for done in range(1, 21):
+            now = max(now, 0.1 * done)
+            metrics = {"step": float(done), "perf/step_ms": 100.0, "data/wait_ms": 0.0}
+            hook(done + 1, None, metrics)
+    assert [step for step, _ in sink.written] == [5, 10, 15, 20]
+    assert [mean["perf/step_ms"] for _, mean in sink.written] == pytest.approx([100.0] * 4)
+    seconds = ledger.seconds()
+    assert seconds["telemetry"] == 0.0 and seconds["step"] == pytest.approx(2.1)
 
 
 def test_watch_reports_starved_steps():
