@@ -91,15 +91,21 @@ def initial_bias(c: LoopConfig) -> tuple[float, ...]:
     return (0.0,) if c.gate == "shared" else tuple(-math.log(c.count - r) for r in range(1, c.count))
 
 
-def gate(cfg: ModelConfig, p: Params, x: jax.Array, r: int) -> jax.Array:
+def gate(cfg: ModelConfig, p: Params, x: jax.Array, r: int | jax.Array) -> jax.Array:
     """Logit of lambda_r, float32 [B, L], from the stream [B, L, D] or [B, L, S, D] after loop r (from 1 on).
 
     Position t depends on x_t alone. With a bias per loop, the unused last one is 0.
     """
     h_BLD = rms_norm(mhc.collapse(cfg.mhc, x), None, cfg.norm_eps).astype(jnp.float32)
-    shared, last = p["b"].shape == (1,) and cfg.loop.gate == "shared", r == cfg.loop.count
-    bias = p["b"][0] if shared else jnp.float32(0) if last else p["b"][r - 1]
+    bias = p["b"][0] if cfg.loop.gate == "shared" else jnp.append(p["b"], jnp.float32(0))[r - 1]
     return jnp.matmul(h_BLD, p["w"])[..., 0] + bias
+
+
+def where_later(r: int | jax.Array, later: tuple, first: tuple) -> tuple:
+    """`first` in loop 0, `later` in every other; r is known, or traced where a scan runs the loops."""
+    if isinstance(r, int):
+        return later if r else first
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(r > 0, a, b), later, first)
 
 
 def exit_log_probs(logits: jax.Array) -> jax.Array:

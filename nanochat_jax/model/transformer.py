@@ -167,7 +167,7 @@ def forward(
     x, watch = mhc.expand(cfg.mhc, x), mhc.watch(cfg.mhc, batch.tokens.shape) if cache is None else None
     watch = watch if passenger is None else (watch, passenger)
 
-    def stack(name: str, carry: tuple, first: int, kv: tuple | None) -> tuple:
+    def stack(name: str, carry: tuple, first: int | jax.Array, kv: tuple | None) -> tuple:
         """(carry, keys and values) behind a stack of layers, whose first has the number `first`."""
         own, inner = stacks.get(name, cfg), name == "blocks"
         chosen = project if inner or cfg.fp4.outside == "same" else project.spared()
@@ -179,22 +179,23 @@ def forward(
         layers["value"] = params.get("value", {}) if inner else {}
         return _stack(own, run, carry, x0, layers, kv)
 
-    def outside(name: str, carry: tuple, first: int) -> tuple:
+    def outside(name: str, carry: tuple, first: int | jax.Array) -> tuple:
         if name not in stacks:
             return carry, {}
         carry, written = stack(name, carry, first, None if cache is None else cache.outside[name])
         return carry, {name: written}
 
-    def once(r: int, carry: tuple, kv: tuple | None) -> tuple:
+    def once(r: int | jax.Array, carry: tuple, kv: tuple | None) -> tuple:
         """Loop r, from 0 on."""
-        x, *rest = carry
-        if r and cfg.loop.norm:
+        x, *rest = first = carry
+        if cfg.loop.norm:
             x = mhc.rms_norm(cfg.mhc, x, params.get("loop", {}).get("norm"), cfg.norm_eps)
-        if r and cfg.loop.inject == "add":
+        if cfg.loop.inject == "add":
             x = x + entered
-        return stack("blocks", (x, *rest), cfg.loop.before + r * cfg.layers, kv)
+        carry = loop.where_later(r, (x, *rest), first)
+        return stack("blocks", carry, cfg.loop.before + r * cfg.layers, kv)
 
-    def ending(r: int, carry: tuple) -> tuple:
+    def ending(r: int | jax.Array, carry: tuple) -> tuple:
         """The layers after the loops, if loop r is the last: (carry, their cache)."""
         return outside("after", carry, cfg.loop.before + R * cfg.layers + (R - 1 - r) * cfg.loop.after)
 
@@ -203,8 +204,26 @@ def forward(
 
     carry, before = outside("before", (x, watch), 0)
     entered = carry[0]
-    entries, hidden, exits, leaving = [], [], [], None
-    for r in range(R):
+    entries, hidden, exits, leaving, after = [], [], [], None, {}
+
+    def scanned(carries: tuple, r: jax.Array) -> tuple:
+        """Loop r of a scan: (the streams behind it, those behind the last layer), what each_loop asks for."""
+        carry, _ = once(r, carries[0], None)
+        if not each_loop:
+            return (carry, carry), ()
+        ended, _ = ending(r, carry)
+        logits = loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1) if cfg.loop.gate != "none" else ()
+        return (carry, ended), (readout(ended[0]), logits)
+
+    # The transpose of a scan adds the loops' gradients into one set, one after the other. Of loops written
+    # out, as where layers are, all sets exist at once, because XLA adds them in one fusion at the end.
+    scans = cache is None and R > 1 and layer_unroll(cfg) < cfg.layers
+    if scans:
+        (carry, ended), found = jax.lax.scan(scanned, (carry, carry), jnp.arange(R))
+        carry = ended if each_loop else ending(R - 1, carry)[0]
+        if each_loop:
+            hidden, exits = list(found[0][:-1]), list(found[1])
+    for r in range(0 if scans else R):
         kv = None if cache is None else (cache.k[r], cache.v[r])
         if leaving is None or kv is None:
             carry, written = once(r, carry, kv)
@@ -219,7 +238,8 @@ def forward(
         if quantile is not None and cache is not None and r + 1 < R:
             logit_B = loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1)[:, 0]
             leaving = loop.leave(leaving, logit_B, quantile, cache.length)
-    carry, after = ending(R - 1, carry)
+    if not scans:
+        carry, after = ending(R - 1, carry)
     if cache is not None:
         k, v = (jnp.stack([entry[i] for entry in entries]) for i in (0, 1))
         cache = KVCache(k, v, cache.length + batch.tokens.shape[1], before | after)
@@ -247,7 +267,7 @@ def last_layer(cfg: ModelConfig, project: Project, batch: Batch) -> Callable[[ja
     return lambda x, p: run(0, x, p)
 
 
-def _numbered(cfg: ModelConfig, project: Project, blocks: Params, first: int) -> Params:
+def _numbered(cfg: ModelConfig, project: Project, blocks: Params, first: int | jax.Array) -> Params:
     """The layers' weights with their number through all loops, where random rounding asks for it."""
     if project.key is None:
         return blocks
