@@ -5,7 +5,10 @@ separate so that parameters can be read without an optimizer. Orbax commits by r
 directory, so a killed save leaves the previous checkpoint; but it restores a flipped byte without
 complaint. Therefore a manifest of file sizes and SHA-256 sums (manifests/<step>.json) is written
 before every commit, and a fingerprint of the values is kept in misc. Restore compares both and falls
-back to the next older checkpoint, saying why. One process; several hosts are not supported.
+back to the next older checkpoint, saying why.
+
+With several processes each writes its shards, to a directory that all share; process 0 alone looks at
+files, removes and renames them, and its findings hold for all. All must call the same functions.
 """
 
 import hashlib
@@ -26,6 +29,7 @@ import optax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from nanochat_jax import processes
 from nanochat_jax.config import CkptConfig
 from nanochat_jax.params import flatten, path_name
 from nanochat_jax.types import Params, TrainState
@@ -36,11 +40,17 @@ Misc = dict[str, Any]  # JSON
 log = logging.getLogger(__name__)
 FORMAT = 1
 FINGERPRINTS = {"params": "fingerprint", "opt": "fingerprint_opt", "step": "fingerprint_step"}  # keys of misc
+AGREE_STEPS = 10  # with several processes the clock is looked at after so many steps, which costs a message
 SMALL = 2**20  # bytes; files up to this size are always hashed: structure and misc have no fingerprint
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read. The message says why and what is intact."""
+
+
+class SaveFailedError(Exception):
+    """One of several processes could not write its part. Others wait for it: the run must end. Earlier
+    checkpoints are intact."""
 
 
 class _DamagedError(CheckpointError):
@@ -74,6 +84,7 @@ class Checkpointer:
         self.directory.mkdir(parents=True, exist_ok=True)
         for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
             log.warning("removing the unfinished save %s", partial)
+        processes.barrier()
         self._sweep()  # Orbax's own clean-up would run in the background, into the first save
         _quiet_orbax()
         self._manager: Any = ocp.CheckpointManager(
@@ -89,8 +100,9 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or processes.count() == 1:  # else a save under way may wait for a lost process
+            self.close()
 
     def steps(self) -> list[int]:
         """Steps of all committed checkpoints, oldest first."""
@@ -101,10 +113,11 @@ class Checkpointer:
         return latest_step(self.directory)
 
     def due(self, step: int) -> bool:
-        """Is it time to save, by steps or by minutes since the last save was tried?"""
+        """Is it time to save, by steps or by minutes since the last save was tried (by process 0's clock)?"""
         by_step = self.cfg.every_steps and step % self.cfg.every_steps == 0
-        by_time = self.cfg.every_minutes and self._clock() - self._saved_at >= 60 * self.cfg.every_minutes
-        return bool(by_step or by_time)
+        if by_step or not self.cfg.every_minutes or (processes.count() > 1 and step % AGREE_STEPS):
+            return bool(by_step)
+        return bool(processes.agreed(int(self._clock() - self._saved_at >= 60 * self.cfg.every_minutes)))
 
     def save(self, step: int, state: TrainState, misc: Misc, wait: bool = False) -> bool:
         """Start saving the state after `step` steps; the write itself happens in the background.
@@ -115,15 +128,16 @@ class Checkpointer:
         Args: misc: JSON-able facts; NaN and infinity become null. wait: return after the commit.
         Returns: False if this step is already saved (nothing is done), else True.
         Raises: CheckpointError if the disk is too full, or if this or the previous save failed.
-        Earlier checkpoints are intact then, and later saves may succeed.
+        Earlier checkpoints are intact then, and later saves may succeed. With several processes a
+        failure is a SaveFailedError.
         """
         self._finish()
         self._saved_at = self._clock()  # a full disk is tried again after the interval, not at every step
-        if step in self.steps():
+        if processes.agreed(int(step in self.steps())):
             return False
         size = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(state))
         needed, free = size + int(self.cfg.min_free_gb * 2**30), self._disk_free(self.directory)
-        if free < needed:
+        if processes.agreed(int(free < needed)):
             raise CheckpointError(
                 f"no checkpoint at step {step}: it needs {needed / 2**30:.2f} GiB free (of these "
                 f"ckpt.min_free_gb = {self.cfg.min_free_gb}), {self.directory} has {free / 2**30:.2f}; "
@@ -175,9 +189,11 @@ class Checkpointer:
         self._saving = None
         self._sweep()
 
-    def _failed(self, error: Exception) -> CheckpointError:
+    def _failed(self, error: Exception) -> Exception:
         """Give back the disk space of the failed save, and forget it."""
         step, self._saving = self._saving, None
+        if processes.count() > 1:
+            return SaveFailedError(f"saving step {step} in {self.directory} failed: {_first_line(error)}")
         self._sweep()
         self._manager.reload()
         return CheckpointError(
@@ -187,6 +203,8 @@ class Checkpointer:
 
     def _sweep(self) -> None:
         """Remove what belongs to no checkpoint. Must not run while a save is under way."""
+        if not processes.first():
+            return
         for _ in range(40):  # after a failure, writers of other items may still run and make files anew
             if not (partials := list(self.directory.glob("*.orbax-checkpoint-tmp*"))):
                 break
@@ -200,7 +218,7 @@ class Checkpointer:
                 old.unlink()
 
     def _write_manifest(self) -> None:
-        """Record the files of the save under way; Orbax calls this just before the commit."""
+        """Record the files of the save under way; Orbax calls this, in process 0, just before the commit."""
         final = self.directory / str(self._saving)
         partial = next(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"), final)
         files = {}
@@ -266,11 +284,14 @@ class Checkpointer:
 
     def _set_aside(self, step: int) -> None:
         aside = self.directory / "damaged" / str(step)
-        while aside.exists():
-            aside = aside.with_name(aside.name + "_")
-        aside.parent.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(aside)
-        log.warning("the damaged checkpoint of step %d is now %s; delete it when you like", step, aside)
+        processes.barrier()  # nobody reads it any more
+        if processes.first():
+            while aside.exists():
+                aside = aside.with_name(aside.name + "_")
+            aside.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+            log.warning("the damaged checkpoint of step %d is now %s; delete it when you like", step, aside)
+        processes.barrier()
         self._manager.reload()
 
 
@@ -336,7 +357,7 @@ def state_sha256(state: TrainState) -> str:
     for path, leaf in sorted(flatten(state).items()):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        array = np.asarray(jax.device_get(leaf))
+        array = processes.whole(leaf)
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
@@ -363,7 +384,19 @@ def _first_intact(
 
 
 def _verify(directory: Path, step: int, how: str) -> Misc:
-    """Compare files with the manifest; returns misc. Raises: _DamagedError."""
+    """Compare files with the manifest, in process 0; returns misc. Raises: _DamagedError, in all."""
+    problem, misc = None, {}
+    try:
+        if processes.first():
+            _compare(directory, step, how)
+        misc = read_misc(directory, step)
+    except _DamagedError as damage:
+        problem = damage
+    processes.together(problem, _DamagedError("as another process has found"))
+    return misc
+
+
+def _compare(directory: Path, step: int, how: str) -> None:
     try:
         manifest = dict(json.loads((directory / "manifests" / f"{step}.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -380,7 +413,6 @@ def _verify(directory: Path, step: int, how: str) -> Misc:
             raise _DamagedError(f"{name} {got}, expected {expected.get('size')} bytes")
         if (how == "sha256" or size <= SMALL) and _file_sha256(file) != expected.get("sha256"):
             raise _DamagedError(f"{name} was altered: its SHA-256 differs from the manifest")
-    return read_misc(directory, step)
 
 
 def _read_params(directory: Path, step: int, target: Params, misc: Misc) -> Params:
@@ -395,10 +427,13 @@ def _read_params(directory: Path, step: int, target: Params, misc: Misc) -> Para
 def _read(directory: Path, step: int, item: str, target: Any, misc: Misc) -> Any:
     """One item in the structure of `target`. Raises: _MismatchError, or _DamagedError for whatever goes wrong
     in Orbax (if memory is short, no older checkpoint can be read either, and nothing is set aside)."""
-    path, want = directory / str(step) / item, flatten(target)
+    path, want, problem, got = directory / str(step) / item, flatten(target), None, {}
     _quiet_orbax()
+    me = jax.process_index()
+    # Each process reads its shards alone: one that fails must not leave the others at a barrier of Orbax.
+    alone = ocp.options.MultiprocessingOptions(me, {me}, str(me)) if processes.count() > 1 else None
     try:
-        with ocp.StandardCheckpointer() as reader:
+        with ocp.StandardCheckpointer(**({"multiprocessing_options": alone} if alone else {})) as reader:
             if (metadata := reader.metadata(path).item_metadata) is None:
                 raise OSError("its structure cannot be read")
             saved = metadata.tree
@@ -407,10 +442,12 @@ def _read(directory: Path, step: int, item: str, target: Any, misc: Misc) -> Any
             # Leaves are matched by path, so that stateless parts of an optimizer may come and go.
             template = jax.tree_util.tree_map_with_path(lambda path, _: want[path_name(path)], saved)
             got = flatten(reader.restore(path, template))
-    except _MismatchError:
-        raise
+    except _MismatchError as other:
+        problem = other
     except Exception as error:
-        raise _DamagedError(f"{item}: {_first_line(error)}") from error
+        problem = _DamagedError(f"{item}: {_first_line(error)}")
+        problem.__cause__ = error
+    processes.together(problem, _DamagedError(f"{item}: another process could not read its part"))
     tree = jax.tree.unflatten(jax.tree.structure(target), [got[name] for name in want])
     expected = misc.get(FINGERPRINTS[item])
     if expected is not None and (found := fingerprint(tree)) != expected:

@@ -8,72 +8,34 @@ environment variables.
 import ast
 import contextlib
 import ctypes
-import dataclasses
 import difflib
 import hashlib
 import importlib.util
 import inspect
 import json
 import logging
-import math
 import os
 import re
 import runpy
-import signal
 import sys
-import threading
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from nanochat_jax import __version__
+from nanochat_jax import __version__, cluster
 from nanochat_jax import config as config_lib
 from nanochat_jax.config import Config, ConfigError
+from nanochat_jax.flags import PROCESS_FLAGS as PROCESS_FLAGS
+from nanochat_jax.flags import SHARED_FLAGS, Flag, Invocation, UsageError, parse
+from nanochat_jax.processes import Interrupt as Interrupt
 
 # Rooms that can be run are those that have a `__main__`.
 ROOMS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/__main__.py")))
-SHARED_FLAGS = {
-    "config": "path or name of a config, argument behind a colon: configs/tiny.py:preset=portable",
-    "workdir": "where outputs go; default runs/<name>",
-    "verbosity": "1 (or -v) shows tracebacks",
-    "help": "this text",
-    "help_config": "list every setting with its type, default and meaning",
-}
 log = logging.getLogger("nanochat_jax")
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """One flag of a room: its default gives its type; a bool needs no value."""
-
-    default: Any
-    help: str
-    choices: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Invocation:
-    """What was typed: the config's file, the overrides of its keys, and the room's flags."""
-
-    config_path: str
-    overrides: dict[str, str]
-    flags: dict[str, Any]
-    argv: tuple[str, ...]
-    workdir: str = ""
-
-    def __getattr__(self, name: str) -> Any:
-        flags = self.__dict__.get("flags", {})  # absent while a copy is being made
-        if name in flags:
-            return flags[name]
-        raise AttributeError(name)
-
-
-class UsageError(ConfigError):
-    """The command line is wrong."""
 
 
 def run(
@@ -89,7 +51,7 @@ def run(
     adds the traceback.
     """
     argv = sys.argv[1:]
-    verbose = "-v" in argv or bool(re.search(r"(^|\s)--verbosity[= ][1-9]", " ".join(argv)))
+    verbose = _verbose(argv)
     try:
         wanted = {"--help_config", "--help=config", "--help", "-h"} & set(argv)
         if wanted:
@@ -102,21 +64,36 @@ def run(
             raise UsageError(f"--config is missing, e.g. --config=configs/tiny.py; known: {known}")
         config = load(invocation) if invocation.config_path else Config()
         status = main(config, invocation)
-    except ConfigError as error:
-        _fail("usage" if isinstance(error, UsageError) else "config", error, 2, verbose)
-    except KeyboardInterrupt:
-        _fail("interrupted", "stopped at once; the last checkpoint is intact", 130, verbose)
-    except BrokenPipeError:  # `... --help_config | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the exit flushes once more
-        sys.exit(1)
-    except Exception as error:
-        failed = _status(error)
-        if failed is None:
+    except (Exception, KeyboardInterrupt) as error:
+        status = explain(error, verbose)
+        if status is None:
             raise
-        told = verbose or type(error).__module__.startswith("nanochat_jax")
-        sentence = str(error) or f"{type(error).__name__}, JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        _fail("error", f"{sentence}{'' if told else ' (--verbosity=1 shows where)'}", failed, verbose)
     sys.exit(status or 0)
+
+
+def _verbose(argv: list[str]) -> bool:
+    return "-v" in argv or bool(re.search(r"(^|\s)--verbosity[= ][1-9]", " ".join(argv)))
+
+
+def explain(error: BaseException, verbose: bool = False, who: str = "") -> int | None:
+    """Print one line about an error. Returns the exit status; None, and nothing printed, for one that
+    needs its traceback. `who` stands before the line."""
+    if isinstance(error, ConfigError):
+        kind = "usage error" if isinstance(error, UsageError) else "config error"
+        return _tell(who + kind, error, 2, verbose)
+    if isinstance(error, KeyboardInterrupt):
+        return _tell(who + "interrupted", "stopped at once; the last checkpoint is intact", 130, verbose)
+    if isinstance(error, BrokenPipeError):  # `... --help_config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the exit flushes once more
+        return 1
+    failed = _status(error) if isinstance(error, Exception) else None
+    if failed is None:
+        return None
+    told = verbose or type(error).__module__.startswith("nanochat_jax")
+    sentence = str(error) or f"{type(error).__name__}, JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+    return _tell(
+        who + "error", f"{sentence}{'' if told else ' (--verbosity=1 shows where)'}", failed, verbose
+    )
 
 
 def _status(error: Exception) -> int | None:
@@ -133,79 +110,11 @@ def _status(error: Exception) -> int | None:
     return 1 if plain or isinstance(error, OSError) else None
 
 
-def _fail(kind: str, error: Any, status: int, verbose: bool) -> None:
+def _tell(kind: str, error: Any, status: int, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
-    print(f"{kind}{'' if kind in ('error', 'interrupted') else ' error'}: {error}", file=sys.stderr)
-    sys.exit(status)
-
-
-def parse(argv: list[str], known: dict[str, Flag]) -> Invocation:
-    """Split the command line. Raises: UsageError for an unknown flag, a bad value, or leftovers."""
-    values = {name: flag.default for name, flag in known.items()}
-    shared = {"config": "", "workdir": "", "verbosity": "0"}
-    overrides: dict[str, str] = {}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word == "-v":
-            word = "--verbosity=1"
-        if not word.startswith("--"):
-            raise UsageError(f"unexpected '{word}'; settings are written --config.group.key=value")
-        name, equals, text = word[2:].partition("=")
-        if not equals and _takes_value(name, known) and rest and not rest[0].startswith("--"):
-            text, equals = rest.pop(0), "="
-        if name.startswith("config."):
-            key = name.removeprefix("config.")
-            if not equals and _takes_value(name, known):
-                raise UsageError(f"--{name} needs a value: --{name}=...")
-            overrides[key] = text if equals else "true"
-        elif name.startswith("noconfig.") and not equals:
-            overrides[name.removeprefix("noconfig.")] = "false"
-        elif name in shared:
-            if not text:
-                raise UsageError(f"--{name} needs a value: {SHARED_FLAGS[name]}")
-            shared[name] = text
-        elif name in known:
-            values[name] = _value(name, known[name], text, bool(equals))
-        else:
-            raise UsageError(f"no flag --{name}{_nearest_flag(name, known)}")
-    return Invocation(shared["config"], overrides, values, tuple(argv), shared["workdir"])
-
-
-def _nearest_flag(name: str, known: dict[str, Flag]) -> str:
-    if name in config_lib.all_keys():
-        return f". Did you mean --config.{name}?"
-    close = difflib.get_close_matches(name, [*known, *SHARED_FLAGS], 1)
-    return f". Did you mean --{close[0]}?" if close else "; see --help"
-
-
-def _takes_value(name: str, known: dict[str, Flag]) -> bool:
-    """Whether a flag without `=` takes the next word. Unknown settings do: their error comes later."""
-    if name.startswith("config."):
-        return config_lib.all_keys().get(name.removeprefix("config.")) is not bool
-    return name in ("config", "workdir", "verbosity") or (
-        name in known and not isinstance(known[name].default, bool)
-    )
-
-
-def _value(name: str, flag: Flag, text: str, given: bool) -> Any:
-    if isinstance(flag.default, bool):
-        if text not in ("", "true", "false"):
-            raise UsageError(f"--{name} must be true or false, got '{text}'")
-        return text != "false"
-    if not given:
-        raise UsageError(f"--{name} needs a value: {flag.help}")
-    if flag.choices and text not in flag.choices:
-        raise UsageError(f"--{name} must be one of {', '.join(flag.choices)}, got '{text}'")
-    kind = type(flag.default)
-    try:
-        value = kind(text)
-    except ValueError:
-        raise UsageError(f"--{name} must be {kind.__name__}, got '{text}'") from None
-    if kind is float and not math.isfinite(value):
-        raise UsageError(f"--{name} must be finite, got '{text}'")
-    return value
+    print(f"{kind}: {error}", file=sys.stderr)
+    return status
 
 
 def load(invocation: Invocation) -> Config:
@@ -409,14 +318,51 @@ def relevant_environment() -> dict[str, str]:
     return {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)}
 
 
-def setup_runtime(cfg: Config) -> None:
-    """Prepare the process before jax starts; never overrides what the user set."""
+@contextlib.contextmanager
+def joined(cfg: Config, call: Invocation) -> Iterator[bool]:
+    """Prepare the process before jax starts, and meet the others of a run of several processes.
+
+    Yields: are there several? Then an error inside ends the process here: the ordinary way out would
+    wait for the others, and they for this one.
+    """
+    place = cluster.detect(os.environ, call.flags, call.distributed)
+    setup_runtime(cfg, place.count if place else 1)
+    if place is None:
+        yield False
+        return
+    if place.index:  # process 0 speaks for all
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        print(place, file=sys.stderr, flush=True)
+        cluster.join(place)
+        yield True
+    except (Exception, KeyboardInterrupt) as error:
+        who = f"process {place.index} of {place.count}: "
+        status = explain(error, _verbose(list(call.argv)), who)
+        if status is None:
+            print(who + traceback.format_exc(), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if status is None else status)
+
+
+def setup_runtime(cfg: Config, processes: int = 1) -> None:
+    """Prepare the process before jax starts; never overrides what the user set.
+
+    Raises: ConfigError if the mesh cannot be shared equally by so many processes (0: unknown).
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "orbax", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     devices = cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor
+    if processes and devices % processes:
+        raise ConfigError(
+            f"'mesh.data * mesh.fsdp * mesh.tensor' = {devices} must be a multiple of the number of processes, "
+            f"{processes}"
+        )
+    devices //= processes or devices
     flag = "xla_force_host_platform_device_count"
     if devices > 1 and _only_cpu() and flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={devices}".strip()
@@ -449,32 +395,6 @@ def _keep_freed_memory() -> None:
         libc.mallopt(arena_max, 1)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag, read at step boundaries; the second stops now."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        # Not print: a handler may interrupt a print, whose buffer must not be entered twice.
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nfinishing the step, then saving; again to stop at once\n")
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ Changing the layout means changing mesh sizes, or RULES.
 """
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -34,7 +35,7 @@ RULES: Rules = {
 def mesh(cfg: MeshConfig) -> Mesh:
     """The device mesh of a config.
 
-    Raises: ValueError if there are fewer devices than the sizes ask for.
+    Raises: ValueError if there are fewer devices than the sizes ask for, or, with several processes, more.
     """
     shape = tuple(getattr(cfg, axis) for axis in AXES)
     needed, devices = int(np.prod(shape)), jax.devices()
@@ -42,6 +43,11 @@ def mesh(cfg: MeshConfig) -> Mesh:
         raise ValueError(
             f"mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices, but there are "
             f"{len(devices)} ({devices[0].platform}); lower mesh.data, mesh.fsdp or mesh.tensor"
+        )
+    if jax.process_count() > 1 and needed < len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} uses {needed} of the {len(devices)} devices of "
+            f"{jax.process_count()} processes; it must use all: raise mesh.data, mesh.fsdp or mesh.tensor"
         )
     # Auto, stated: make_mesh defaults to explicit axes, under which contracting a sharded dimension raises.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
@@ -131,9 +137,53 @@ def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rules["batch"]))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def data_shard(
+    mesh: Mesh,
+    process_of: Callable[[jax.Device], int] = lambda device: device.process_index,
+    process: int | None = None,
+) -> tuple[int, int]:
+    """Which rows of every batch this process must load: those that its devices hold.
+
+    Processes that hold the same rows, because mesh.tensor spans them, load the same.
+    Args: process_of: the process of a device. process: default this one.
+    Returns: (index, count): rows [index * B / count, (index + 1) * B / count) of a batch of B.
+    Raises: ValueError if the rows of a process are no such block.
+    """
+    process = jax.process_index() if process is None else process
+    parts = int(np.prod([mesh.shape[axis] for axis in _names(RULES["batch"])]))
+    owned: dict[int, set[int]] = collections.defaultdict(set)
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+        owned[process_of(device)].update(range(parts)[rows])
+    own = sorted(owned[process])
+    blocks = sorted({tuple(sorted(part)) for part in owned.values()})
+    if list(itertools.chain.from_iterable(blocks)) != list(range(parts)) or len({*map(len, blocks)}) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: process {process} holds the parts {own} of {parts} of a batch, others "
+            f"{blocks}; they must be blocks of one size, so put the devices of a process next to each other"
+        )
+    return blocks.index(tuple(own)), len(blocks)
+
+
 def shard_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Put numpy rows [B, L] of every Batch field onto the mesh."""
-    return jax.device_put(Batch(**arrays), batch_sharding(mesh))
+    """Put numpy rows of every Batch field onto the mesh: all rows [B, L], or with several processes this
+    one's share of them, see `data_shard`."""
+    place = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(Batch(**arrays), place)
+    count = _shards(mesh)
+    whole = {name: (count * rows.shape[0], *rows.shape[1:]) for name, rows in arrays.items()}
+    make = jax.make_array_from_process_local_data
+    return Batch(**{name: make(place, rows, whole[name]) for name, rows in arrays.items()})
+
+
+@functools.lru_cache(maxsize=8)
+def _shards(mesh: Mesh) -> int:
+    return data_shard(mesh)[1]
 
 
 def prefetch(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2) -> Iterator[Batch]:

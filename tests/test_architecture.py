@@ -16,7 +16,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ROOT = REPOSITORY / "nanochat_jax"
 
-BASE = {"types", "blocks", "validation", "config", "params", "tokenizer"}
+BASE = {"types", "blocks", "validation", "config", "params", "tokenizer", "processes"}
 TOWER = ("kernels", "quant", "model", "losses")
 BESIDE = {"optim", "parallel", "data", "checkpoint", "telemetry"}
 NO_TOKENIZER = BASE - {"tokenizer"}
@@ -28,6 +28,9 @@ RULES: dict[str, set[str]] = {
     "config": {"blocks", "validation"},
     "params": {"types"},
     "tokenizer": set(),
+    "processes": {"config"},
+    "flags": {"config"},
+    "cluster": {"config", "processes"},
     "kernels": BASE,
     "quant": BASE | set(TOWER[:1]),
     "model": BASE | set(TOWER[:2]),

@@ -7,29 +7,33 @@ FLAGS = {
     "resume": cli.Flag("auto", "continue the run in the workdir", ("auto", "never", "must")),
     "dry_run": cli.Flag(False, "trace the step, print the parameter table, touch no data"),
     "verify_resume": cli.Flag(False, "prove that kill -9 and resume give the same bits"),
+    **cli.PROCESS_FLAGS,
 }
 
 
 def main(cfg: Config, call: cli.Invocation) -> int:
     """Check, compose, run."""
-    cli.setup_runtime(cfg)
     if call.verify_resume:
+        cli.setup_runtime(cfg)
         from nanochat_jax.train import verify
 
         return verify.verify_resume(call.argv, cfg.train.steps)
+    with cli.joined(cfg, call) as several:
+        from nanochat_jax import processes
+        from nanochat_jax.train import program
 
-    from nanochat_jax.train import program
+        if call.dry_run:
+            if processes.first():
+                print(program.dry_run(cfg))
+            return 0
+        from nanochat_jax.plan import devices, fit
 
-    if call.dry_run:
-        print(program.dry_run(cfg))
-        return 0
-    from nanochat_jax.plan import devices, fit
-
-    fit.refuse(cfg, devices.limit())
-    facts = cli.record("train", call)
-    home = cli.workdir(cfg, call)
-    with cli.Interrupt() as interrupt:
-        return program.train(cfg, home, cli.cache_home(), facts, call.resume, lambda: interrupt.requested)
+        fit.refuse(cfg, devices.limit())
+        facts = cli.record("train", call)
+        home = cli.workdir(cfg, call)
+        with cli.Interrupt(several) as interrupt:
+            asked = processes.stop_asked(interrupt)
+            return program.train(cfg, home, cli.cache_home(), facts, call.resume, asked)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 With the `__main__` files, the only place that holds the whole Config.
 """
 
+import hashlib
 import itertools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, losses, optim, parallel
+from nanochat_jax import checkpoint, losses, optim, parallel, processes
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import Config, ConfigError, InferConfig, padded_vocab
 from nanochat_jax.data import pipeline, shards
@@ -28,7 +30,7 @@ from nanochat_jax.quant import ternary
 from nanochat_jax.telemetry import goodput, logs, manifest
 from nanochat_jax.telemetry.console import Progress, duration, si
 from nanochat_jax.telemetry.trace import Exporter, SpanFile, Trace
-from nanochat_jax.telemetry.writers import open_writers
+from nanochat_jax.telemetry.writers import Multi, open_writers
 from nanochat_jax.train import hooks, loop
 from nanochat_jax.train import step as steps
 from nanochat_jax.types import TrainState
@@ -86,13 +88,13 @@ class Parts:
         )
         prepare = losses.make_prepare(cfg.model)
         step = steps.make_train_step(self.loss_fn, self.tx, cfg.seed, cfg.train.microbatches, prepare)
-        rows = parallel.batch_sharding(self.mesh)
+        rows, everywhere = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
         self.step = jax.jit(
-            step, donate_argnums=0, in_shardings=(self.layout, rows), out_shardings=(self.layout, None)
+            step, donate_argnums=0, in_shardings=(self.layout, rows), out_shardings=(self.layout, everywhere)
         )
         nll = losses.make_token_nll(cfg.model, cfg.train.loss_chunk, each_loop=cfg.model.loop.count > 1)
         self.eval_step = jax.jit(
-            steps.make_eval_step(nll), in_shardings=(self.layout.params, rows, None), out_shardings=None
+            steps.make_eval_step(nll), in_shardings=(self.layout.params, rows, None), out_shardings=everywhere
         )
 
     def fresh(self, seed: int) -> TrainState:
@@ -130,6 +132,7 @@ def start_state(
     Raises: ConfigError if the workdir holds another run, or --resume contradicts what is there.
     """
     latest = checkpoints.latest()
+    processes.alike(f"a newest checkpoint in {home}", f"{0 if latest is None else latest + 1:07x}")
     if resume == "must" and latest is None:
         raise ConfigError(f"--resume=must, but {home} has no checkpoint")
     if resume == "never" and latest is not None:
@@ -182,26 +185,52 @@ def _initial_params(cfg: Config, parts: Parts, fresh: Any) -> Any:
 def train(
     cfg: Config, home: Path, cache: Path, facts: dict, resume: str, interrupted: Callable[[], bool]
 ) -> int:
-    """Run to the end of the config. Returns the exit status: 0, 1 (stopped), 130 (interrupted)."""
-    ledger, trace, exporter = goodput.Ledger(), *_trace(cfg, home, facts)
-    progress = Progress(cfg.train.steps, None, cfg.log.format, trace.ids)
+    """Run to the end of the config. Returns the exit status: 0, 1 (stopped), 130 (interrupted).
+
+    With several processes all call this; process 0 alone writes, except to checkpoints, and prints.
+    Raises: processes.PeerError if another process is lost, or has another config, other data or another
+    workdir.
+    """
+
+    def advice() -> str:
+        step = checkpoint.latest_step(home / "ckpt")
+        have = "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} is intact"
+        return f"{have}; the same command in all processes continues this run"
+
+    with processes.losses_reported(advice):
+        return _train(cfg, home, cache, facts, resume, interrupted)
+
+
+def _train(
+    cfg: Config, home: Path, cache: Path, facts: dict, resume: str, interrupted: Callable[[], bool]
+) -> int:
+    main = processes.first()
+    same = json.dumps([manifest.to_dict(cfg), jax.__version__], sort_keys=True)
+    processes.alike("a config or a version of jax", hashlib.sha256(same.encode()).hexdigest())
+    processes.require_shared(home)
+    ledger, trace, exporter = goodput.Ledger(), *_trace(cfg, home, facts, main)
+    quiet = None if main else open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    progress = Progress(cfg.train.steps, quiet, cfg.log.format, trace.ids)
     if cfg.log.format == "json":  # warnings, and other packages' lines, too
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logs.JsonFormatter(trace.ids))
     corpus = shards.prepare(cfg.data, cfg.model.vocab_size, cache / "tokens", progress.print)
+    processes.alike("prepared data", corpus.sha256)
     with checkpoint.Checkpointer(cfg.ckpt, home / "ckpt") as checkpoints:
         parts, state, extension, origin = start_state(cfg, home, checkpoints, resume)
         first = int(state.step)
         device = jax.devices()[0]
         facts = facts | {
             "devices": {"platform": device.platform, "kind": device.device_kind, "count": len(jax.devices())},
+            "processes": processes.count(),
             "data": {"sha256": corpus.sha256, "directory": corpus.directory.name, **corpus.manifest},
         }
-        manifest.write(home, cfg, facts)
-        corpus.tokenizer.save(home / "tokenizer.json")
+        if main:
+            manifest.write(home, cfg, facts)
+            corpus.tokenizer.save(home / "tokenizer.json")
         _banner(cfg, home, corpus, progress, origin, device)
         span = trace.begin("run", run=cfg.name, first_step=first)
-        writers = open_writers(cfg.log, home, first, cfg.name, trace.ids)
+        writers = open_writers(cfg.log, home, first, cfg.name, trace.ids) if main else Multi([])
         if first == 0:
             writers.text(0, "config", json.dumps(manifest.to_dict(cfg), indent=1))
 
@@ -215,7 +244,7 @@ def train(
 
         scores: dict[str, float] = {}
         evaluate = hooks.evaluate(_scorer(cfg, parts, corpus), writers, progress, scores)
-        sample = hooks.sample(_sampler(cfg, corpus), writers, progress)
+        sample = hooks.sample(_sampler(cfg, parts, corpus), writers, progress)
         evaluate = hooks.aside(evaluate, "eval", ledger, trace)
         sample = hooks.aside(sample, "eval", ledger, trace)
         scored = [loop.every(cfg.eval.every_steps, evaluate)]
@@ -223,7 +252,7 @@ def train(
             scored.append(loop.every(cfg.eval.every_steps, sample))
         log_metrics = hooks.log_metrics(cfg, parts.schedules, writers, progress, ledger, trace)
         profile, stop_profile = hooks.profile(
-            cfg.log.profile_steps, home / "profile", progress, ledger, trace
+            cfg.log.profile_steps if main else (), home / "profile", progress, ledger, trace
         )
         wanted = [
             hooks.booked(log_metrics, "telemetry", ledger),
@@ -235,7 +264,7 @@ def train(
         ]
         if first < cfg.train.steps:
             progress.print("compiling the step")
-        batches = pipeline.batches(cfg.data, corpus, cfg.seed, first)
+        batches = pipeline.batches(cfg.data, corpus, cfg.seed, first, parallel.data_shard(parts.mesh))
         on_device = goodput.waiting(parallel.prefetch(batches, parts.mesh), ledger)
         began = time.perf_counter()
         try:
@@ -263,7 +292,8 @@ def train(
             checkpoints.save(done, state, misc(done), wait=True)
         seconds = ledger.seconds()
         result = {"state_sha256": checkpoint.state_sha256(state), "stop": reason, "seconds": seconds}
-        manifest.write_result(home, misc(done) | result)
+        if main:
+            manifest.write_result(home, misc(done) | result)
         writers.write(done, goodput.shares(seconds))
         writers.close()
         trace.end(span, error=reason, last_step=done)
@@ -277,12 +307,12 @@ def train(
     return 0
 
 
-def _trace(cfg: Config, home: Path, facts: dict) -> tuple[Trace, Exporter | None]:
-    """The trace of this start of a run: into spans.jsonl, and to the collector of log.otlp."""
+def _trace(cfg: Config, home: Path, facts: dict, main: bool) -> tuple[Trace, Exporter | None]:
+    """The trace of this start of a run: into spans.jsonl, and to the collector of log.otlp; from process 0."""
     exporter = None
-    if cfg.log.otlp:
+    if cfg.log.otlp and main:
         exporter = Exporter(cfg.log.otlp, {"service.name": "nanochat_jax", "run": cfg.name})
-    sinks = (SpanFile(home / "spans.jsonl"), *([exporter] if exporter else []))
+    sinks = (*([SpanFile(home / "spans.jsonl")] if main else []), *([exporter] if exporter else []))
     return Trace(sinks, facts.get("environment", {}).get("TRACEPARENT", "")), exporter
 
 
@@ -311,14 +341,19 @@ def _scorer(cfg: Config, parts: Parts, corpus: shards.Corpus) -> Callable[[Train
     known = corpus.tokenizer.token_bytes()
     sizes[: len(known)] = known
 
+    index, count = parallel.data_shard(parts.mesh)
+    size = cfg.data.batch // count
+    own = slice(index * size, (index + 1) * size)
+
     def score(state: TrainState) -> dict[str, float]:
-        placed = (parallel.shard_batch(arrays, parts.mesh) for arrays in made)
+        parted = ({name: rows[own] for name, rows in arrays.items()} for arrays in made)
+        placed = (parallel.shard_batch(arrays, parts.mesh) for arrays in parted)
         return eval_loss.bits_per_byte(parts.eval_step, state.params, placed, sizes)
 
     return score
 
 
-def _sampler(cfg: Config, corpus: shards.Corpus) -> Callable[[TrainState], str]:
+def _sampler(cfg: Config, parts: Parts, corpus: shards.Corpus) -> Callable[[TrainState], str]:
     tokenizer = corpus.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(cfg.eval.prompt)]
     length = cfg.eval.sample_tokens
@@ -327,9 +362,13 @@ def _sampler(cfg: Config, corpus: shards.Corpus) -> Callable[[TrainState], str]:
         capacity=max(cfg.infer.capacity, len(prompt) + length), exit_quantile=cfg.infer.exit_quantile,
     )  # fmt: skip
 
+    everywhere = jax.jit(lambda params: params, out_shardings=parallel.replicated(parts.mesh))
+
     def text(state: TrainState) -> str:
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        params = jax.device_put(state.params, one)
+        if processes.count() == 1:
+            params = jax.device_put(state.params, jax.devices()[0])
+        else:  # every process makes the sample, from a copy of its own, so that all run the same programs
+            params = jax.tree.map(lambda leaf: leaf.addressable_data(0), everywhere(state.params))
         ids = engine.generate(cfg.model, params, prompt, settings, jax.random.key(cfg.seed))
         return cfg.eval.prompt + "".join(load.pieces(tokenizer, ids))
 
@@ -343,8 +382,9 @@ def _banner(cfg: Config, home: Path, corpus: shards.Corpus, progress: Progress, 
     rows = cfg.train.steps / pipeline.epoch_steps(cfg.data, corpus)
     low = projections.from_config(cfg.model).low_formats()
     emulated = f" ({', '.join(low)} emulated: right numbers, no gain in speed)" if low else ""
+    several = f" of {processes.count()} processes" if processes.count() > 1 else ""
     progress.print(
-        f"device: {len(jax.devices())} x {device.device_kind} ({device.platform}), computing in {dtype}\n"
+        f"device: {len(jax.devices())} x {device.device_kind} ({device.platform}){several}, computing in {dtype}\n"
         f"model:  {si(total)} parameters, {model_loop.layers_text(cfg.model)}, "
         f"{cfg.model.quant} matrices{emulated}\n"
         f"data:   {cfg.data.source}: {si(counts['train']['tokens'])} tokens to train on, "
