@@ -128,10 +128,26 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class PoolConfig:
+    """What slow rows do to the order of rows (data/pool.py, after MinatoLoader, arXiv:2509.10712)."""
+
+    order: str = "strict"  # strict | declared (slow rows come later, known beforehand) | completion
+    window: int = 64  # rows in work or waiting for their turn
+    delay: int = 24  # declared: places by which slow rows come later
+    max_late: int = 256  # completion: places by which a row may come later, then all wait for it
+    replay: str = ""  # completion: journal of an earlier run (<workdir>/data_order.bin) to repeat
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
-    source: str = "stdlib"  # stdlib | rust | hf:<dataset>[:[config:]split] | tokens:<file> | a path or glob
+    source: str = (
+        "stdlib"  # stdlib | rust | hf:<dataset>[:[config:]split] | tokens:<file> | path | glob | URL
+    )
+    mix: tuple[
+        tuple[str, str, float], ...
+    ] = ()  # (name, source, weight) of each part; () = data.source alone
     tokenizer: str = "bpe"  # bpe (trained on the source) | bytes | path of a tokenizer.json
     seq_len: int = 256  # tokens per row
     batch: int = 8  # rows per optimizer step, over all devices
@@ -140,9 +156,14 @@ class DataConfig:
     val_percent: int = 1  # share of documents held out, chosen by a hash of their content
     max_bytes: int = 0  # stop reading the corpus after so many bytes of text; 0 = read all
     text_key: str = "text"  # field of JSONL and Parquet rows, column of a dataset
+    tokenize_workers: int = 0  # processes that tokenize when data is prepared; 0 = threads of this one
+    verify_every_n_examples: int = 0  # compile every n-th file of code, drop it if that fails; 0 = none
+    min_compile_rate: float = 0.0  # share of the compiled files that must pass, or the source is refused
+    row_language: str = ""  # what rows of tables are, to be compiled: rust | python; "" = no code
     reference: str = ""  # file of another model's losses per token, see data.reference; for model.filter
     workers: int = 2  # threads that prepare batches
     prefetch: int = 4  # batches prepared ahead
+    pool: PoolConfig = field(default_factory=PoolConfig)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +22,11 @@ import numpy as np
 
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import ConfigError, DataConfig
-from nanochat_jax.data import sources
-from nanochat_jax.data.sources import DataError
+from nanochat_jax.data import compiles, encode, sources
+from nanochat_jax.data import text as texts
+from nanochat_jax.data.sources import DataError, RemoteError
+from nanochat_jax.data.text import write_json
+from nanochat_jax.data.workers import WorkerError
 
 try:
     import fcntl
@@ -33,7 +35,6 @@ except ImportError:  # Windows: every process then works alone, and the first re
 
 VERSION = 2  # of the files and of the filters: raise it to have everything prepared again
 TRAINING_BYTES = 8_000_000  # text that the tokenizer is trained on, spread over the corpus
-BLOCK_BYTES = 4_000_000  # text encoded between two records of progress
 HASHED_BYTES = 64 << 20  # files up to this size have their SHA-256 checked at every opening
 ENDS = 1 << 20  # tokens looked at on both ends of larger files
 
@@ -85,7 +86,12 @@ class Corpus:
     @cached_property
     def sha256(self) -> str:
         """Content hash of the tokenizer and both splits."""
-        return _digest([entry["sha256"] for entry in self.manifest["files"].values()])
+        return digest([entry["sha256"] for entry in self.manifest["files"].values()])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run's record says about its data."""
+        return {"sha256": self.sha256, "directory": self.directory.name, **self.manifest}
 
 
 def prepare(
@@ -104,62 +110,76 @@ def prepare(
     Raises: DataError for empty or damaged data; ConfigError if the tokenizer needs more ids.
     """
     report = progress or (lambda line: None)
-    request = {
-        "version": VERSION, "source": cfg.source, "tokenizer": _tokenizer_name(cfg, vocab_size),
-        "text_key": cfg.text_key, "max_bytes": cfg.max_bytes, "val_percent": cfg.val_percent,
-    }  # fmt: skip
-    file = None
-    if cfg.source.startswith("tokens:"):
-        file = sources.token_file(Path(cfg.source.removeprefix("tokens:")).expanduser().absolute())
-        request["fingerprint"] = [file.path.stat().st_mtime_ns, *map(str, vars(file).values())]
-    else:
-        request["fingerprint"] = sources.discover(cfg.source)
-    name = _digest(request)[:20]
-    link = cache_dir / "requests" / f"{name}.json"
+    tokenizer = tokenizer_name(cfg, vocab_size)
+    about = text_request(cfg)
+    request = about | {"tokenizer": tokenizer}
+    link = cache_dir / "requests" / f"{digest(request)[:20]}.json"
     directory = _follow(link, cache_dir)
     if directory is None:
-        link.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(link.with_suffix(".lock"), report) as locked:
+        with _workplace(cache_dir, about, report) as work:
             directory = _follow(link, cache_dir)  # another process may have made it meanwhile
             if directory is None:
-                work = cache_dir / (f"{name}.partial" if locked else f"{name}.{os.getpid()}.partial")
-                directory = _make(cfg, vocab_size, file, cache_dir, work, report)
-                _write_json(link, {"directory": directory.name, "request": request})
+                if file := _token_file(cfg):
+                    made = _from_tokens(cfg, file, work, report)
+                else:
+                    made = _from_text(cfg, vocab_size, cache_dir, work, report)
+                directory = _publish(made, cache_dir)
+                write_json(link, {"directory": directory.name, "request": request})
+            shutil.rmtree(work, ignore_errors=True)
     return open_corpus(directory, vocab_size, verify)
 
 
-def _make(
-    cfg: DataConfig,
-    vocab_size: int,
-    file: sources.TokenFile | None,
-    cache_dir: Path,
-    work: Path,
-    report: Report,
-) -> Path:
-    """Make a corpus in `work` and publish it; what a killed process left in `work` is used."""
-    work.mkdir(exist_ok=True)
-    try:
-        if file:
-            made = _from_tokens(cfg, file, work, report)
-        else:
-            made = _from_text(cfg, vocab_size, cache_dir, work, report)
-        directory = _publish(made, cache_dir)
-    except Exception:
-        shutil.rmtree(work, ignore_errors=True)  # the reason must be mended, and then all may differ
-        raise
-    shutil.rmtree(work, ignore_errors=True)
-    return directory
+def gathered(cfg: DataConfig, cache_dir: Path, report: Report) -> texts.Text:
+    """The documents of `cfg.source`, kept for the `prepare` that follows. Raises: as `prepare`."""
+    with _workplace(cache_dir, text_request(cfg), report) as work:
+        texts.gather(cfg, work, report)
+        return texts.opened(work)
 
 
-def _digest(value: Any) -> str:
+def text_request(cfg: DataConfig) -> dict[str, Any]:
+    """What determines the text, as far as it can be known without reading it. Raises: as `prepare`."""
+    request: dict[str, Any] = {
+        "version": VERSION, "source": cfg.source, "text_key": cfg.text_key, "max_bytes": cfg.max_bytes,
+        "val_percent": cfg.val_percent,
+    }  # fmt: skip
+    if file := _token_file(cfg):
+        request["fingerprint"] = [file.path.stat().st_mtime_ns, *map(str, vars(file).values())]
+    else:
+        request["fingerprint"] = sources.discover(cfg.source)
+    if cfg.verify_every_n_examples:
+        request["verify"] = compiles.request(cfg)
+    return request
+
+
+def _token_file(cfg: DataConfig) -> sources.TokenFile | None:
+    if not cfg.source.startswith("tokens:"):
+        return None
+    return sources.token_file(Path(cfg.source.removeprefix("tokens:")).expanduser().absolute())
+
+
+@contextlib.contextmanager
+def _workplace(cache_dir: Path, about: dict[str, Any], report: Report) -> Iterator[Path]:
+    """The directory in which a text is gathered and encoded, for one process at a time.
+
+    What a killed process left in it is used.
+    """
+    name = digest(about)[:20]
+    (cache_dir / "requests").mkdir(parents=True, exist_ok=True)
+    with _lock(cache_dir / "requests" / f"{name}.lock", report) as locked:
+        work = cache_dir / (f"{name}.partial" if locked else f"{name}.{os.getpid()}.partial")
+        work.mkdir(exist_ok=True)
+        try:
+            yield work
+        except (RemoteError, WorkerError):
+            raise  # the same command goes on from there
+        except Exception:
+            shutil.rmtree(work, ignore_errors=True)  # the reason must be mended, and then all may differ
+            raise
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
 
 
 def _follow(link: Path, cache_dir: Path) -> Path | None:
@@ -201,7 +221,7 @@ def _publish(made: Path, cache_dir: Path) -> Path:
     return target
 
 
-def _tokenizer_name(cfg: DataConfig, vocab_size: int) -> str:
+def tokenizer_name(cfg: DataConfig, vocab_size: int) -> str:
     """What determines the tokenizer besides the text. Raises: ConfigError, DataError."""
     if cfg.tokenizer == "bpe":
         if cfg.source.startswith("tokens:"):
@@ -234,46 +254,24 @@ def _given_tokenizer(cfg: DataConfig) -> tokenizers.Tokenizer:
         raise DataError(str(error)) from None
 
 
-@dataclass(frozen=True)
-class _Text:
-    """The documents of a source, gathered in one file."""
-
-    raw: np.ndarray  # uint8 [bytes]
-    offsets: np.ndarray  # int64 [documents + 1]
-    held_out: np.ndarray  # bool [documents]
-
-    def __getitem__(self, index: int) -> str:
-        return self.raw[self.offsets[index] : self.offsets[index + 1]].tobytes().decode()
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """Bytes of each document."""
-        return np.diff(self.offsets)
-
-
 def _from_text(cfg: DataConfig, vocab_size: int, cache_dir: Path, work: Path, report: Report) -> Path:
     """Make a corpus of documents in `work`. Returns its directory, named by content."""
-    if not (work / "text.json").exists():
-        report(f"reading {cfg.source}")
-        _gather(cfg, work, report)
-    facts = json.loads((work / "text.json").read_text())
+    facts = texts.gather(cfg, work, report)
     key = {
         "version": VERSION, "text": facts["sha256"], "val_percent": cfg.val_percent,
-        "tokenizer": _tokenizer_name(cfg, vocab_size),
+        "tokenizer": tokenizer_name(cfg, vocab_size),
     }  # fmt: skip
-    name = _digest(key)[:20]
+    name = digest(key)[:20]
     if (cache_dir / name / "manifest.json").exists():
         return cache_dir / name  # other names or times, same content
     out = work / name
     out.mkdir(exist_ok=True)
-    text = _Text(
-        np.memmap(work / "text.bin", np.uint8, "r"),
-        np.fromfile(work / "text.offsets", "<i8"),
-        np.fromfile(work / "text.val", bool),
-    )
+    text = texts.opened(work)
     tokenizer = _tokenizer(cfg, vocab_size, text, out, report)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    counts = _encode(tokenizer, text, dtype, out, work / "progress.json", report)
+    records = work / f"{name}.records"
+    records.mkdir(exist_ok=True)
+    counts = encode.encode(tokenizer, text, dtype, out, work, records, report, cfg.tokenize_workers)
     splits = {
         name: {
             "file": f"{name}.bin", "skip": 0, "tokens": counts[name], "documents": int(part.sum()),
@@ -281,55 +279,17 @@ def _from_text(cfg: DataConfig, vocab_size: int, cache_dir: Path, work: Path, re
         }
         for name, part in (("train", ~text.held_out), ("val", text.held_out))
     }  # fmt: skip
-    _finish(out, tokenizer, dtype, splits, {"key": key, "source": cfg.source, "skipped": facts["skipped"]})
+    about = {"key": key, "source": cfg.source} | {n: facts[n] for n in ("skipped", "checks") if n in facts}
+    _finish(out, tokenizer, dtype, splits, about)
     skipped = ", ".join(f"{n} {reason}" for reason, n in sorted(facts["skipped"].items())) or "none"
-    report(f"{len(text.held_out)} documents, {sum(counts.values())} tokens; skipped: {skipped}")
+    checks = facts.get("checks", {})
+    compiled = f"; {checks['compiled']} of {checks['checked']} checked files compile" if checks else ""
+    report(f"{len(text.held_out)} documents, {sum(counts.values())} tokens; skipped: {skipped}{compiled}")
     return out
 
 
-def _gather(cfg: DataConfig, work: Path, report: Report) -> None:
-    """Copy the documents into text.bin, text.offsets and text.val (held out?); text.json when whole.
-
-    Reading twice (for the tokenizer, then to encode) must not mean downloading twice, and the
-    corpus need not fit into memory.
-    """
-    skipped: Counter = Counter()
-    digest, offsets, held_out = hashlib.sha256(), [0], []
-    with open(work / "text.bin", "wb") as out:
-        for document in sources.documents(cfg, skipped):
-            raw = document.text.encode()
-            own = hashlib.sha256(raw).digest()
-            digest.update(own)
-            out.write(raw)
-            offsets.append(offsets[-1] + len(raw))
-            held_out.append(int.from_bytes(own[:8], "big") % 100 < cfg.val_percent)
-    if not held_out:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "nothing found"
-        cap = f" within data.max_bytes = {cfg.max_bytes}" if cfg.max_bytes else ""
-        raise DataError(f"data.source '{cfg.source}' has no usable document{cap}; skipped: {reasons}")
-    if len(held_out) == 1:
-        report(f"only one document: its last {cfg.val_percent}% is held out")
-        offsets, held_out = _cut(work / "text.bin", cfg.val_percent), [False, True]
-    elif len(set(held_out)) == 1:
-        report(f"only {len(held_out)} documents: the last one is held out")
-        held_out = [False] * (len(held_out) - 1) + [True]
-    np.array(offsets, "<i8").tofile(work / "text.offsets")
-    np.array(held_out, bool).tofile(work / "text.val")
-    _write_json(work / "text.json", {"sha256": digest.hexdigest(), "skipped": dict(skipped)})
-
-
-def _cut(path: Path, percent: int) -> list[int]:
-    """Offsets that cut one text in two after a line, or else between two characters."""
-    raw = path.read_bytes()
-    near = len(raw) - max(1, len(raw) * percent // 100)
-    cut = raw.rfind(b"\n", 0, near) + 1
-    if not cut:
-        cut = next(n for n in range(near, -1, -1) if raw[n] & 0xC0 != 0x80)
-    return [0, cut, len(raw)]
-
-
 def _tokenizer(
-    cfg: DataConfig, vocab_size: int, text: _Text, out: Path, report: Report
+    cfg: DataConfig, vocab_size: int, text: texts.Text, out: Path, report: Report
 ) -> tokenizers.Tokenizer:
     """Train on a part of the training split, or load what an interrupted preparation has trained."""
     path = out / "tokenizer.json"
@@ -343,46 +303,15 @@ def _tokenizer(
         size = text.sizes[learned].sum() / 1e6
         report(f"training a tokenizer of {vocab_size} ids on {size:.1f} MB")
         tokenizer = tokenizers.train((text[i] for i in learned), vocab_size)
-    partial = path.with_name("tokenizer.tmp")
-    tokenizer.save(partial)
-    os.replace(partial, path)
+    save_whole(path, tokenizer)
     return tokenizer
 
 
-def _encode(
-    tokenizer: tokenizers.Tokenizer, text: _Text, dtype: str, out: Path, record: Path, report: Report
-) -> dict[str, int]:
-    """Write BOS + tokens of every document, and offsets. Returns tokens per split.
-
-    Works in blocks and goes on after the last block that `record` calls whole.
-    """
-    total, ends = len(text.held_out), {"train": 0, "val": 0}
-    names = [f"{split}.{kind}" for split in ends for kind in ("bin", "offsets")]
-    done, sizes = 0, dict.fromkeys(names, 0)
-    if record.exists():
-        done, ends, sizes = (json.loads(record.read_text())[key] for key in ("done", "ends", "sizes"))
-        report(f"continuing after {done} of {total} documents")
-    with contextlib.ExitStack() as stack:
-        outs = {name: stack.enter_context(open(out / name, "ab")) for name in names}
-        for name, handle in outs.items():
-            handle.truncate(sizes[name])  # what came after the last record may be half a block
-            if not sizes[name] and name.endswith("offsets"):
-                handle.write(np.zeros(1, "<i8").tobytes())
-        while done < total:
-            after = int(np.searchsorted(text.offsets, text.offsets[done] + BLOCK_BYTES, "right")) - 1
-            block = range(done, max(done + 1, after))
-            for index, ids in zip(block, tokenizer.encode_batch([text[i] for i in block]), strict=True):
-                split = "val" if text.held_out[index] else "train"
-                outs[f"{split}.bin"].write(np.array([tokenizer.bos_id, *ids], dtype).tobytes())
-                ends[split] += len(ids) + 1
-                outs[f"{split}.offsets"].write(np.array(ends[split], "<i8").tobytes())
-            for handle in outs.values():
-                handle.flush()
-                os.fsync(handle.fileno())
-            done = block.stop
-            sizes = {name: os.fstat(handle.fileno()).st_size for name, handle in outs.items()}
-            _write_json(record, {"done": done, "ends": ends, "sizes": sizes})
-    return ends
+def save_whole(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Write a tokenizer whole or not at all."""
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
+    tokenizer.save(partial)
+    os.replace(partial, path)
 
 
 def _from_tokens(cfg: DataConfig, file: sources.TokenFile, work: Path, report: Report) -> Path:
@@ -399,7 +328,7 @@ def _from_tokens(cfg: DataConfig, file: sources.TokenFile, work: Path, report: R
         raise DataError(f"{file.path}: {file.count} tokens are too few to hold out {cfg.val_percent}%")
     content = _describe(file.path)
     key = {"version": VERSION, "path": str(file.path), "cut": cut, "tokenizer": tokenizer.sha256} | content
-    out = work / _digest(key)[:20]
+    out = work / digest(key)[:20]
     out.mkdir(exist_ok=True)
     tokenizer.save(out / "tokenizer.json")
     splits, width = {}, np.dtype(file.dtype).itemsize
@@ -436,7 +365,7 @@ def _finish(
         "dtype": dtype, "counts": counts, "splits": splits, "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256, "files": inside | (outside or {}),
     }  # fmt: skip
-    _write_json(out / "manifest.json", manifest)
+    write_json(out / "manifest.json", manifest)
 
 
 def _describe(path: Path) -> dict[str, Any]:

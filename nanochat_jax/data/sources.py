@@ -1,8 +1,9 @@
-"""Where documents come from: source trees on this machine, files, datasets, token files.
+"""Where documents come from: source trees on this machine, files, URLs, datasets, token files.
 
 `discover(source)` says cheaply what a source consists of (names, sizes, times), `documents(cfg)`
-reads it: in one fixed order, with every skipped document counted by reason. Source code is taken
-file by file and filtered; prose and rows of tables are taken as they are, and cut if very long.
+reads it: in one fixed order, with every skipped document counted by reason, and from any place in
+that order. Source code is taken file by file and filtered (if wanted by its compiler, see
+`compiles`); prose and rows of tables are taken as they are, and cut if very long.
 """
 
 import glob
@@ -10,19 +11,22 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import sysconfig
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from nanochat_jax.config import DataConfig
+from nanochat_jax.data import compiles, remote
 
 MIN_BYTES, MAX_BYTES = 64, 1_000_000  # of a document
 MAX_LINE = 1000  # characters; longer lines in source files are data or generated code
@@ -35,18 +39,38 @@ class DataError(ValueError):
     """The data is missing, empty or damaged. The message says what to do."""
 
 
+class RemoteError(DataError):
+    """A remote source stopped answering. What was read so far stays, and is not read again."""
+
+
 class MissingExtra(ImportError):  # noqa: N818 - it says what to install, not what failed
     """An optional package is needed. The message names the extra to install."""
 
     exit_code = 3
 
 
+class Place(NamedTuple):
+    """A place in a source: `item` items of file number `file` are behind it."""
+
+    file: int = 0
+    item: int = 0
+
+
 @dataclass(frozen=True)
 class Document:
-    """One text with a name for messages."""
+    """One text with a name for messages, and the place behind it."""
 
     name: str
     text: str
+    after: Place
+
+
+class Tally(NamedTuple):
+    """What `documents` has met so far, besides documents."""
+
+    skipped: Counter  # documents by reason
+    checks: Counter  # files of code: "seen", "checked", "compiled"
+    rejected: list[bytes]  # SHA-256 of texts that did not compile
 
 
 @dataclass(frozen=True)
@@ -144,83 +168,165 @@ def discover(source: str) -> str:
 
     The same fingerprint means that prepared tokens can be used again. A dataset that is not on this
     machine is known by its name only.
-    Raises: DataError if nothing matches.
+    Raises: DataError if nothing matches; RemoteError; MissingExtra.
     """
+    digest = hashlib.sha256()
+    if remote.is_remote(source):
+        for entry in _listing(source):
+            digest.update(f"{entry.url}\0{entry.size}\0{entry.stamp}\n".encode())
+        return digest.hexdigest()
     if source.startswith("hf:"):
         dataset = _dataset(source)[0]
         if not Path(dataset).exists():
             return hashlib.sha256(source.encode()).hexdigest()
         source = dataset
-    digest = hashlib.sha256()
     for path in files(source)[1]:
         stat = path.stat()
         digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def documents(cfg: DataConfig, skipped: Counter | None = None) -> Iterator[Document]:
+def _listing(source: str) -> list[remote.RemoteFile]:
+    """Files behind a URL. Raises: DataError, RemoteError, MissingExtra."""
+    try:
+        found = remote.listing(source)
+    except ImportError as error:
+        raise MissingExtra(
+            f"'{source}': {error}; packages for gs:// and s3:// come with the 'remote' extra: "
+            'pip install "nanochat_jax[remote]"'
+        ) from None
+    except ValueError as error:
+        raise DataError(f"'{source}': {error}") from None
+    except Exception as error:  # transports raise what they like
+        raise RemoteError(f"'{source}' cannot be listed: {_first_line(error)}") from error
+    if not found:
+        raise DataError(f"'{source}' matches no file")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def documents(
+    cfg: DataConfig,
+    skipped: Counter | None = None,
+    *,
+    start: Place | None = None,
+    seen: set[bytes] | None = None,
+    tally: Tally | None = None,
+    total: int = 0,
+) -> Iterator[Document]:
     """Documents of `cfg.source` in one fixed order, each content once.
 
-    Args: cfg: source, text_key, max_bytes. skipped: receives counts of documents by reason:
-    "unreadable", "undecodable", "short", "long", "long line", "duplicate", "no text".
-    Raises: DataError if nothing is found or a file is damaged; MissingExtra for Parquet or hf:
-    without their packages.
+    To go on behind a document, give its `after` as start, the SHA-256 of all earlier and rejected
+    texts as seen, the tally as it was then, and the bytes of the earlier documents as total.
+    Args: cfg: source, text_key, max_bytes, verify_every_n_examples, min_compile_rate, row_language.
+    skipped: receives counts of documents by reason: "unreadable", "undecodable", "short", "long",
+    "long line", "duplicate", "no text", "does not compile". tally: receives those, and more.
+    Raises: DataError if nothing is found, a file is damaged or too few files compile; RemoteError;
+    MissingExtra for Parquet, hf: and URLs without their packages.
     """
-    skipped = Counter() if skipped is None else skipped
-    seen: set[bytes] = set()
-    total = 0
-    for name, raw in _raw(cfg):
-        if isinstance(raw, str):
-            skipped[raw] += 1
+    tally = tally or Tally(Counter() if skipped is None else skipped, Counter(), [])
+    items = _distinct(_raw(cfg, start or Place()), set() if seen is None else seen)
+    for after, name, raw, outcome in compiles.outcomes(cfg, items, tally.checks["seen"]):
+        compiles.count(outcome, tally.checks)
+        if isinstance(raw, str) or outcome == compiles.FAILED:
+            tally.skipped[raw if isinstance(raw, str) else compiles.FAILED] += 1
+            if isinstance(raw, bytes):
+                tally.rejected.append(hashlib.sha256(raw).digest())
             continue
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError:
-            skipped["undecodable"] += 1
-            continue
-        digest = hashlib.sha256(raw).digest()
-        if len(raw) < MIN_BYTES or digest in seen:
-            skipped["short" if len(raw) < MIN_BYTES else "duplicate"] += 1
-            continue
-        seen.add(digest)
         total += len(raw)
         if cfg.max_bytes and total > cfg.max_bytes:
-            return
-        yield Document(name, text)
+            break
+        yield Document(name, raw.decode(), after)
+    if problem := compiles.too_few(cfg, tally.checks):
+        raise DataError(problem)
 
 
-# What readers yield: a name, and the UTF-8 bytes or the reason why there are none.
+# What readers yield: a name, and the UTF-8 bytes or the reason why there are none; and with places.
 _Raw = Iterator[tuple[str, bytes | str]]
+_Items = Iterator[tuple[Place, str, bytes | str]]
 
 
-def _raw(cfg: DataConfig) -> _Raw:
-    if cfg.source.startswith("hf:"):
-        yield from _hub(cfg.source, cfg.text_key)
-        return
-    root, found = files(cfg.source)
-    for path in found:
-        name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-        reader = next((r for suffix, r in READERS.items() if path.name.endswith(suffix)), None)
-        try:
-            if reader:
-                rows = reader(path, cfg.text_key)
-                yield from ((f"{name}:{index}", raw) for index, row in enumerate(rows) for raw in _row(row))
-            elif path.suffix in PROSE:
-                with path.open("rb") as content:
-                    yield from ((f"{name}:{index}", raw) for index, raw in enumerate(_pieces(content)))
+def _distinct(items: _Items, seen: set[bytes]) -> _Items:
+    """Texts that are no UTF-8, too short or there already become reasons."""
+    for after, name, raw in items:
+        if isinstance(raw, bytes):
+            digest = hashlib.sha256(raw).digest()
+            try:
+                raw.decode()
+            except UnicodeDecodeError:
+                raw = "undecodable"
             else:
-                yield name, _source_file(path)
-        except OSError as error:
-            if isinstance(error, gzip.BadGzipFile):
-                raise DataError(f"{path} is no gzip file: {error}") from None
-            yield name, "unreadable"
+                if len(raw) < MIN_BYTES or digest in seen:
+                    raw = "short" if len(raw) < MIN_BYTES else "duplicate"
+                else:
+                    seen.add(digest)
+        yield after, name, raw
 
 
-def _source_file(path: Path) -> bytes | str:
+def _raw(cfg: DataConfig, start: Place) -> _Items:
+    """Every item from `start` on, with the place behind it."""
+    count, read = _parts(cfg)
+    for file in range(start.file, count):
+        first = start.item if file == start.file else 0
+        for item, (name, raw) in enumerate(read(file, first), first + 1):
+            yield Place(file, item), name, raw
+
+
+def _parts(cfg: DataConfig) -> tuple[int, Callable[[int, int], _Raw]]:
+    """(number of files, what reads file i from item k on)."""
+    key = cfg.text_key
+    if remote.is_remote(cfg.source):
+        listed = _listing(cfg.source)
+        return len(listed), lambda file, first: _remote_file(listed[file], key, first)
+    if cfg.source.startswith("hf:"):
+        return 1, lambda file, first: itertools.islice(_hub(cfg.source, key), first, None)
+    root, found = files(cfg.source)
+    return len(found), lambda file, first: itertools.islice(_local_file(root, found[file], key), first, None)
+
+
+def _local_file(root: Path, path: Path, key: str) -> _Raw:
+    name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    try:
+        with path.open("rb") as content:
+            yield from _contents(content, path.stat().st_size, name, str(path), key)
+    except OSError:
+        yield name, "unreadable"
+
+
+def _remote_file(entry: remote.RemoteFile, key: str, first: int) -> _Raw:
+    def read(content: BinaryIO) -> _Raw:
+        return _contents(content, entry.size, entry.url, entry.url, key)
+
+    try:
+        yield from remote.items(entry.url, read, first, (DataError, MissingExtra))
+    except (DataError, MissingExtra):
+        raise
+    except Exception as error:  # transports raise what they like
+        raise RemoteError(
+            f"{entry.url} cannot be read: {_first_line(error)}; the same command goes on from there"
+        ) from error
+
+
+def _contents(content: BinaryIO, size: int, name: str, where: str, key: str) -> _Raw:
+    """Items of one opened file. Args: name: of its documents. where: it, for messages."""
+    reader = next((r for suffix, r in READERS.items() if where.endswith(suffix)), None)
+    if reader:
+        rows = reader(content, key, where)
+        yield from ((f"{name}:{index}", raw) for index, row in enumerate(rows) for raw in _row(row))
+    elif where.endswith(PROSE):
+        yield from ((f"{name}:{index}", raw) for index, raw in enumerate(_pieces(content)))
+    else:
+        yield name, _code(content, size)
+
+
+def _code(content: BinaryIO, size: int) -> bytes | str:
     """Content of a file of code, or why it is not wanted."""
-    if path.stat().st_size > MAX_BYTES:
+    if size > MAX_BYTES:
         return "long"
-    raw = path.read_bytes()
+    raw = content.read()
     lines = raw.decode(errors="replace").split("\n")
     return "long line" if max(map(len, lines)) > MAX_LINE else raw
 
@@ -253,34 +359,37 @@ def _pieces(content: BinaryIO) -> Iterator[bytes]:
         yield piece
 
 
-def _json_lines(path: Path, key: str) -> Iterator[Any]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as lines:
+def _json_lines(content: BinaryIO, key: str, where: str) -> Iterator[Any]:
+    with gzip.open(content) if where.endswith(".gz") else nullcontext(content) as opened:
         try:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(opened, 1):
                 if not line.strip():
                     continue
                 try:
                     # Bytes that are not UTF-8 stay visible and are counted as undecodable later.
                     row = json.loads(line.decode("utf-8-sig", errors="surrogateescape"))
                 except ValueError as error:
-                    raise DataError(f"{path}:{number} is not JSON: {error}") from None
-                yield _field(row, key, f"{path}:{number}")
+                    raise DataError(f"{where}:{number} is not JSON: {error}") from None
+                yield _field(row, key, f"{where}:{number}")
+        except gzip.BadGzipFile as error:
+            raise DataError(f"{where} is no gzip file: {error}") from None
         except (EOFError, zlib.error) as error:
-            raise DataError(f"{path} is truncated or damaged: {error}") from None
+            raise DataError(f"{where} is truncated or damaged: {error}") from None
 
 
-def _parquet(path: Path, key: str) -> Iterator[Any]:
+def _parquet(content: BinaryIO, key: str, where: str) -> Iterator[Any]:
     parquet, lib = need("pyarrow.parquet", "data"), need("pyarrow.lib", "data")
+    # Behind a URL an OSError may be the network's, and reading again may help.
+    damage = (lib.ArrowException,) if remote.is_remote(where) else (lib.ArrowException, OSError)
     try:
-        with parquet.ParquetFile(path) as table:
+        with parquet.ParquetFile(content) as table:
             names = table.schema_arrow.names
             if key not in names:
-                raise DataError(f"{path} has no column '{key}' (data.text_key); columns: {', '.join(names)}")
+                raise DataError(f"{where} has no column '{key}' (data.text_key); columns: {', '.join(names)}")
             for batch in table.iter_batches(columns=[key]):
                 yield from batch.column(0).to_pylist()
-    except (lib.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
+    except damage as error:
+        raise DataError(f"{where} is not a readable Parquet file: {error}") from None
 
 
 def _dataset(source: str) -> tuple[str, str | None, str]:
@@ -305,8 +414,7 @@ def _hub(source: str, key: str) -> _Raw:
     except DataError:
         raise
     except Exception as error:  # the hub's client raises whatever its transport raises
-        first = str(error).partition("\n")[0]
-        raise DataError(f"data.source '{source}' cannot be read: {type(error).__name__}: {first}") from error
+        raise DataError(f"data.source '{source}' cannot be read: {_first_line(error)}") from error
 
 
 def _field(row: Any, key: str, where: str) -> Any:

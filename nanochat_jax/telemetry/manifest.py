@@ -26,7 +26,7 @@ PACKAGES = (
 
 # Settings that a run may change when it is continued; everything else would make it another run.
 FREE = (
-    "workdir", "train.steps", "opt.schedule.rewarm_steps", "data.workers", "data.prefetch", "mesh", "ckpt", "eval", "log",
+    "workdir", "train.steps", "opt.schedule.rewarm_steps", "data.workers", "data.prefetch", "data.tokenize_workers", "mesh", "ckpt", "eval", "log",
     "infer", "train.loss_chunk", "model.remat", "model.unroll", "opt.skip_nonfinite", "name",
 )  # fmt: skip
 # Where a run started from is part of what it is; a continued run would ignore another value.

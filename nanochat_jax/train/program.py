@@ -20,7 +20,7 @@ import numpy as np
 from nanochat_jax import checkpoint, losses, optim, parallel, processes
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import Config, ConfigError, InferConfig, padded_vocab
-from nanochat_jax.data import pipeline, shards
+from nanochat_jax.data import mixture, pipeline, shards
 from nanochat_jax.evals import loss as eval_loss
 from nanochat_jax.inference import engine, load
 from nanochat_jax.model import flops, transformer
@@ -214,7 +214,7 @@ def _train(
     if cfg.log.format == "json":  # warnings, and other packages' lines, too
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logs.JsonFormatter(trace.ids))
-    corpus = shards.prepare(cfg.data, cfg.model.vocab_size, cache / "tokens", progress.print)
+    corpus = mixture.prepare(cfg.data, cfg.model.vocab_size, cache / "tokens", progress.print)
     processes.alike("prepared data", corpus.sha256)
     with checkpoint.Checkpointer(cfg.ckpt, home / "ckpt") as checkpoints:
         parts, state, extension, origin = start_state(cfg, home, checkpoints, resume)
@@ -223,7 +223,7 @@ def _train(
         facts = facts | {
             "devices": {"platform": device.platform, "kind": device.device_kind, "count": len(jax.devices())},
             "processes": processes.count(),
-            "data": {"sha256": corpus.sha256, "directory": corpus.directory.name, **corpus.manifest},
+            "data": corpus.facts,
         }
         if main:
             manifest.write(home, cfg, facts)
@@ -264,7 +264,8 @@ def _train(
         ]
         if first < cfg.train.steps:
             progress.print("compiling the step")
-        batches = pipeline.batches(cfg.data, corpus, cfg.seed, first, parallel.data_shard(parts.mesh))
+        rows = parallel.data_shard(parts.mesh)
+        batches = pipeline.batches(cfg.data, corpus, cfg.seed, first, rows, journal=home / "data_order.bin")
         on_device = goodput.waiting(parallel.prefetch(batches, parts.mesh), ledger)
         began = time.perf_counter()
         try:
@@ -335,7 +336,9 @@ def _timed_first(step_fn: steps.StepFn, progress: Progress, ledger: goodput.Ledg
     return timed
 
 
-def _scorer(cfg: Config, parts: Parts, corpus: shards.Corpus) -> Callable[[TrainState], dict[str, float]]:
+def _scorer(
+    cfg: Config, parts: Parts, corpus: mixture.Mixture | shards.Corpus
+) -> Callable[[TrainState], dict[str, float]]:
     made = pipeline.val_batches(cfg.data, corpus, cfg.eval.batches)
     sizes = np.zeros(padded_vocab(cfg.model), np.int32)
     known = corpus.tokenizer.token_bytes()
@@ -353,7 +356,9 @@ def _scorer(cfg: Config, parts: Parts, corpus: shards.Corpus) -> Callable[[Train
     return score
 
 
-def _sampler(cfg: Config, parts: Parts, corpus: shards.Corpus) -> Callable[[TrainState], str]:
+def _sampler(
+    cfg: Config, parts: Parts, corpus: mixture.Mixture | shards.Corpus
+) -> Callable[[TrainState], str]:
     tokenizer = corpus.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(cfg.eval.prompt)]
     length = cfg.eval.sample_tokens
@@ -375,11 +380,11 @@ def _sampler(cfg: Config, parts: Parts, corpus: shards.Corpus) -> Callable[[Trai
     return text
 
 
-def _banner(cfg: Config, home: Path, corpus: shards.Corpus, progress: Progress, origin: str, device) -> None:
-    counts = corpus.manifest["counts"]
+def _banner(
+    cfg: Config, home: Path, corpus: mixture.Mixture | shards.Corpus, progress: Progress, origin: str, device
+) -> None:
     dtype = transformer.compute_dtype(cfg.model).name
     total = params_lib.count(transformer.param_specs(cfg.model))
-    rows = cfg.train.steps / pipeline.epoch_steps(cfg.data, corpus)
     low = projections.from_config(cfg.model).low_formats()
     emulated = f" ({', '.join(low)} emulated: right numbers, no gain in speed)" if low else ""
     several = f" of {processes.count()} processes" if processes.count() > 1 else ""
@@ -387,10 +392,23 @@ def _banner(cfg: Config, home: Path, corpus: shards.Corpus, progress: Progress, 
         f"device: {len(jax.devices())} x {device.device_kind} ({device.platform}){several}, computing in {dtype}\n"
         f"model:  {si(total)} parameters, {model_loop.layers_text(cfg.model)}, "
         f"{cfg.model.quant} matrices{emulated}\n"
-        f"data:   {cfg.data.source}: {si(counts['train']['tokens'])} tokens to train on, "
-        f"{si(counts['val']['tokens'])} held out; this run sees {rows:.2f} epochs\n"
+        f"{_data_lines(cfg, corpus)}\n"
         f"output: {home}; {origin}"
     )
+
+
+def _data_lines(cfg: Config, corpus: mixture.Mixture | shards.Corpus) -> str:
+    """What each part of the data holds, and how often the run sees it."""
+    lines = []
+    for part in mixture.parts_of(corpus):
+        tokens = {split: si(count["tokens"]) for split, count in part.corpus.manifest["counts"].items()}
+        epochs = cfg.train.steps * part.weight / pipeline.epoch_steps(cfg.data, part.corpus)
+        what = f"{part.name} ({100 * part.weight:.0f}%)" if part.name else cfg.data.source
+        lines.append(
+            f"data:   {what}: {tokens['train']} tokens to train on, {tokens['val']} held out; "
+            f"this run sees {epochs:.2f} epochs"
+        )
+    return "\n".join(lines)
 
 
 def _farewell(cfg: Config, home: Path, progress: Progress, scores: dict, count: int, took: float) -> None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from nanochat_jax.validation.checks import ConfigError as ConfigError
 from nanochat_jax.validation.checks import nearest as nearest
+from nanochat_jax.validation.data import validate_data
 from nanochat_jax.validation.model import FP4_BLOCK as FP4_BLOCK
 from nanochat_jax.validation.model import QUANT_PRESETS as QUANT_PRESETS
 from nanochat_jax.validation.model import layer_period as layer_period
 from nanochat_jax.validation.model import validate_model
 from nanochat_jax.validation.optimizer import GROUPS as GROUPS
 from nanochat_jax.validation.optimizer import validate_opt
-from nanochat_jax.validation.run import validate_data, validate_mesh, validate_run
+from nanochat_jax.validation.run import validate_mesh, validate_run
 
 if TYPE_CHECKING:
     from nanochat_jax.config import Config

@@ -1,4 +1,4 @@
-"""What makes a run's other settings invalid: data, losses, checkpoints, logs, inference, mesh."""
+"""What makes a run's other settings invalid: losses, checkpoints, logs, inference, mesh."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ from nanochat_jax.validation.checks import ConfigError, at_least, choice, divide
 from nanochat_jax.validation.optimizer import GROUPS, validate_galore
 
 if TYPE_CHECKING:
-    from nanochat_jax.config import Config, DataConfig
+    from nanochat_jax.config import Config
 
 LOSS_TERMS = ("next_token", "z", "logit_entropy", "mtp", "exit", "exit_entropy", "gate")
-
-
-def validate_data(d: DataConfig) -> None:
-    if not d.source:
-        raise ConfigError("'data.source' is empty; expected stdlib, rust, a path, a glob, or hf:<dataset>")
-    at_least("data.seq_len", d.seq_len, 2)
-    at_least("data.batch", d.batch, 1)
-    at_least("data.workers", d.workers, 0)
-    at_least("data.prefetch", d.prefetch, 1)
-    at_least("data.max_bytes", d.max_bytes, 0)
-    if not 1 <= d.val_percent <= 50:
-        raise ConfigError(f"'data.val_percent' must be in 1..50, got {d.val_percent}")
 
 
 # Settings of a group that its optimizer reads, besides name, lr, weight_decay and cautious.

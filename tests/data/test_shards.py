@@ -15,7 +15,7 @@ import pytest
 
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import ConfigError, DataConfig
-from nanochat_jax.data import shards, sources
+from nanochat_jax.data import encode, shards, sources
 from nanochat_jax.data.sources import DataError
 
 COUNT = 40
@@ -187,7 +187,7 @@ def test_a_known_corpus_is_opened_without_reading_the_text(tree, monkeypatch):
 def test_other_times_or_places_with_equal_content_are_the_same_corpus(tree, monkeypatch):
     first = prepare(tree)
     os.utime(tree / "000.rs", ns=(1, 1))
-    forbid(monkeypatch, (shards, "_encode"), (shards, "_tokenizer"))
+    forbid(monkeypatch, (encode, "encode"), (shards, "_tokenizer"))
     assert prepare(tree).directory == first.directory
     moved = shutil.copytree(tree, tree.parent / "moved")
     assert prepare(moved).directory == first.directory
@@ -226,10 +226,10 @@ def test_a_changed_file_is_noticed(tree):
 @pytest.mark.parametrize("stop", [1, 3, 4, 5, 9, 17])
 def test_an_interrupted_preparation_continues(tree, monkeypatch, stop):
     """Stopped at any write to the disk, the second attempt gives the bytes of an undisturbed one."""
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(encode, "BLOCK_BYTES", 1000)
     whole = shards.prepare(config(tree, tokenizer="bpe"), 300, tree.parent / "undisturbed")
     calls, encoded = iter(range(1, 1000)), []
-    fsync, encode = os.fsync, tokenizers.Tokenizer.encode_batch
+    fsync, encode_batch = os.fsync, tokenizers.Tokenizer.encode_batch
 
     def dying(handle):
         if next(calls) == stop:
@@ -244,7 +244,9 @@ def test_an_interrupted_preparation_continues(tree, monkeypatch, stop):
     monkeypatch.setattr(os, "fsync", fsync)
     forbid(monkeypatch, (sources, "documents"), (tokenizers, "train"))
     monkeypatch.setattr(
-        tokenizers.Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or encode(self, texts)
+        tokenizers.Tokenizer,
+        "encode_batch",
+        lambda self, texts: encoded.extend(texts) or encode_batch(self, texts),
     )
     made = prepare(tree, tokenizer="bpe")
     assert contents(made.directory) == contents(whole.directory)
@@ -254,19 +256,19 @@ def test_an_interrupted_preparation_continues(tree, monkeypatch, stop):
 
 
 def test_what_a_crash_left_after_the_last_record_is_dropped(tree, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(encode, "BLOCK_BYTES", 1000)
     whole = shards.prepare(config(tree), 300, tree.parent / "undisturbed")
-    record = shards._write_json
+    record = encode.write_json
 
     def dying(path, value):
         record(path, value)
         if path.name == "progress.json" and value["done"] > 10:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, "_write_json", dying)
+    monkeypatch.setattr(encode, "write_json", dying)
     with pytest.raises(KeyboardInterrupt):
         prepare(tree)
-    monkeypatch.setattr(shards, "_write_json", record)
+    monkeypatch.setattr(encode, "write_json", record)
     for path in (tree.parent / "cache").glob("*.partial/*/*.*"):
         if path.suffix != ".json":
             path.write_bytes(path.read_bytes() + b"half a block")
@@ -277,8 +279,8 @@ def test_what_a_crash_left_after_the_last_record_is_dropped(tree, monkeypatch):
 def test_an_interruption_while_reading_reads_again(tree, monkeypatch):
     documents = sources.documents
 
-    def dying(cfg, skipped):
-        for index, document in enumerate(documents(cfg, skipped)):
+    def dying(cfg, **kwargs):
+        for index, document in enumerate(documents(cfg, **kwargs)):
             if index == 7:
                 raise KeyboardInterrupt
             yield document
@@ -292,11 +294,11 @@ def test_an_interruption_while_reading_reads_again(tree, monkeypatch):
 
 
 def test_a_failure_leaves_nothing_behind(tree, monkeypatch):
-    def failing(*args):
+    def failing(*args, **kwargs):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_encode", failing)
+        patch.setattr(encode, "encode", failing)
         with pytest.raises(OSError, match="No space"):
             prepare(tree)
     assert no_partial(tree.parent / "cache")
@@ -334,7 +336,8 @@ def test_a_preparation_waits_for_the_one_under_way(tree):
     shutil.rmtree(made.directory)
     waiting, results = threading.Event(), []
     thread = threading.Thread(target=lambda: results.append(prepare(tree, lambda line: waiting.set())))
-    with shards._lock(link.with_suffix(".lock"), pytest.fail):
+    lock = next((tree.parent / "cache" / "requests").glob("*.lock"))
+    with shards._lock(lock, pytest.fail):
         thread.start()
         assert waiting.wait(20)
         thread.join(0.3)
