@@ -59,7 +59,7 @@ def test_blocks_are_runs_of_documents_up_to_a_size(monkeypatch):
     monkeypatch.setattr(encode, "BLOCK_BYTES", 10)
     offsets = np.array([0, 4, 9, 10, 40, 41, 45, 55])
     found = encode.blocks(offsets)
-    assert found == [range(0, 3), range(3, 4), range(4, 6), range(6, 7)]
+    assert found == [range(3), range(3, 4), range(4, 6), range(6, 7)]
     assert encode.blocks(np.array([0])) == []
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_a_parts_order_does_not_depend_on_the_others(trees, made):
         for step in range(12):
             batch = pipeline.batch_at(config(trees), corpus, 7, step)
             rows += [
-                r.tobytes() for l, r in zip(letters(made, batch), batch["tokens"], strict=True) if l == "q"
+                r.tobytes() for x, r in zip(letters(made, batch), batch["tokens"], strict=True) if x == "q"
             ]
         order[which] = rows[:40]
     assert order["three"] == order["two"]
@@ -132,7 +133,7 @@ def test_held_out_rows_stay_and_take_their_shares(trees, made):
             np.testing.assert_array_equal(rows[first + i], ids[i * 16 : i * 16 + 16])
         first += count
     limited = pipeline.val_batches(cfg, made, 2)
-    found = Counter(l for b in limited for l in letters(made, b))
+    found = Counter(x for b in limited for x in letters(made, b))
     assert found == {"q": 4, "v": 3, "d": 1}
     # Nothing held out is trained on, in any part.
     trained = {t for p in made.parts for t in texts(p.corpus, p.corpus.train)}
@@ -141,7 +142,7 @@ def test_held_out_rows_stay_and_take_their_shares(trees, made):
 
 def texts(corpus, tokens):
     ends = tokens.offsets.tolist()
-    return [corpus.tokenizer.decode(tokens.ids[a + 1 : b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [corpus.tokenizer.decode(tokens.ids[a + 1 : b]) for a, b in itertools.pairwise(ends)]
 
 
 def test_the_parts_of_a_mixture_are_the_corpora_of_their_sources(trees, made, tmp_path):
@@ -197,7 +198,7 @@ def test_a_part_that_fails_is_named(trees, tmp_path):
     with pytest.raises(DataError, match=r"data.mix part 'docs': data.source '.*nothing' matches no file"):
         mixture.prepare(cfg, 300, tmp_path)
     tokens = config(trees, tokenizer="bpe", mix=(("quality", "tokens:/x.u16", 1.0), ("docs", "y", 1.0)))
-    with pytest.raises(ConfigError, match="data.mix part 'quality': a token file needs its tokenizer"):
+    with pytest.raises(ConfigError, match=r"data.mix part 'quality': a token file needs its tokenizer"):
         mixture.prepare(tokens, 300, tmp_path)
 
 
