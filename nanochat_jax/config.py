@@ -27,6 +27,8 @@ from nanochat_jax.validation import layer_period as layer_period
 from nanochat_jax.validation import nearest as nearest
 from nanochat_jax.validation import validate as validate
 
+Weight = float | tuple[tuple[int, float], ...]  # or points (step, weight), straight lines between them
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -263,7 +265,7 @@ class TrainConfig:
 
     steps: int = 300
     microbatches: int = 1  # gradient accumulation: the batch is cut into so many pieces
-    loss: tuple[tuple[str, float], ...] = (("next_token", 1.0),)  # (term, weight), losses.TERMS
+    loss: tuple[tuple[str, Weight], ...] = (("next_token", 1.0),)  # (term, weight or (step, weight) points)
     loss_chunk: int = 512  # tokens whose logits exist at once
 
 
@@ -482,7 +484,13 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 
 def typed(kind: Any, value: Any, path: str) -> Any:
-    """The value as `kind`: int is accepted for float, lists become tuples. Raises: ConfigError."""
+    """The value as `kind`: int is accepted for float, lists become tuples. Raises: ConfigError.
+
+    Of a union of a number and a tuple the value's own form decides.
+    """
+    if isinstance(kind, types.UnionType):
+        several = isinstance(value, (list, tuple))
+        kind = next(k for k in typing.get_args(kind) if (typing.get_origin(k) is tuple) == several)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"'{path}' must be a tuple, got {value!r}")

@@ -20,6 +20,10 @@ prediction of a token by the probability p_r of leaving there, and p learns from
 
 It replaces next_token, whose metric stays the plain cross-entropy after the last loop.
 
+A term's weight is a number, or points (step, weight) with straight lines between them and the first and
+last weight outside: ("mtp", ((0, 0.2), (1000, 0.2), (1500, 0.0))) fades the term out. Numbers are constants
+of the program, as without schedules; scheduled weights enter it as values computed from the step.
+
 Sums, not means: the train step scales `batch.weights` to sum to 1 over the whole global batch, so
 that microbatches and shards add up to exactly the large batch.
 """
@@ -30,7 +34,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.config import ModelConfig
+from nanochat_jax.config import ModelConfig, Weight
 from nanochat_jax.model import collider, loop, mtp, transformer
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Batch, Key, Metrics, Params
@@ -49,13 +53,38 @@ TERMS: dict[str, tuple[str, float]] = {
 STATISTICS: tuple[str, ...] = ("nll", "z", "entropy")
 EXITS: tuple[str, ...] = ("exit", "exit_entropy", "gate")
 
-LossFn = Callable[[Params, Batch, Key], tuple[jax.Array, Metrics]]
+# loss_fn(params, batch, key, step = 0) -> (loss, metrics); the step is read by scheduled weights
+LossFn = Callable[..., tuple[jax.Array, Metrics]]
+Terms = tuple[tuple[str, Weight], ...]
 
 
-def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int = 512) -> LossFn:
-    """Build loss_fn(params, batch, key) -> (scalar, metrics).
+def weight_at(weight: Weight, step: jax.typing.ArrayLike) -> float | jax.Array:
+    """A term's weight after `step` updates: the number itself, or float32 [] on the line of its points."""
+    if not isinstance(weight, tuple):
+        return float(weight)
+    steps, values = (jnp.asarray(column, jnp.float32) for column in zip(*weight, strict=True))
+    return jnp.interp(jnp.asarray(step, jnp.float32), steps, values)
 
-    Args: terms: (name in TERMS, weight). chunk: tokens whose logits exist at once.
+
+def _coefficients(terms: Terms, step: jax.typing.ArrayLike) -> dict[str, float | jax.Array]:
+    """The coefficient of every statistic in the loss: a number, or an array if a term of it is scheduled."""
+    found: dict[str, float | jax.Array] = dict.fromkeys((*STATISTICS, "future", *EXITS), 0.0)
+    for name, weight in terms:
+        statistic, sign = TERMS[name]
+        found[statistic] = found[statistic] + sign * weight_at(weight, step)
+    return found
+
+
+def _counts(coefficient: float | jax.Array) -> bool:
+    """Whether a coefficient can matter. A schedule always can."""
+    return not isinstance(coefficient, float) or coefficient != 0
+
+
+def make_loss(cfg: ModelConfig, terms: Terms, chunk: int = 512) -> LossFn:
+    """Build loss_fn(params, batch, key, step = 0) -> (scalar, metrics).
+
+    Args: terms: (name in TERMS, weight or its points). chunk: tokens whose logits exist at once.
+    step: int32 [] or a number, updates done so far; only scheduled weights read it.
     The loss is the sum over tokens of batch.weights * sum_i weight_i * term_i. Metrics hold each
     term's own weighted sum as "loss/<name>", and "loss/entropy". The term "mtp" is weighted by
     batch.future (computed from this batch if it is None, see `make_prepare`); its metrics are nats per
@@ -63,57 +92,58 @@ def make_loss(cfg: ModelConfig, terms: tuple[tuple[str, float], ...], chunk: int
     With model.filter the loss is that of the kept tokens (model/collider.py); the metrics of terms stay
     sums over all tokens, but for "mtp", and those of `collider.metrics` join them. With the terms of the
     exit gate there are also "loss/loop_<r>", the plain nll after each loop, and `loop.metrics`. The term
-    "gate" lets nothing but the gate learn.
+    "gate" lets nothing but the gate learn. Scheduled weights are metrics as "loss/weight_<name>".
     Raises: ValueError for the term "mtp" at depth 0, for those of the gate without one, and for those of
     the gate with model.filter.
     """
     project = projections.from_config(cfg)
-    coefficients = dict.fromkeys((*STATISTICS, "future", *EXITS), 0.0)
-    for name, weight in terms:
-        statistic, sign = TERMS[name]
-        coefficients[statistic] += sign * weight
-    future = coefficients.pop("future")
-    if future and not cfg.mtp.depth:
+    scheduled = {name: weight for name, weight in terms if isinstance(weight, tuple)}
+    used = {TERMS[name][0] for name, weight in terms if weight}
+    if "future" in used and not cfg.mtp.depth:
         raise ValueError("the loss term 'mtp' needs model.mtp.depth of at least 1")
-    exits = {name: coefficients.pop(name) for name in EXITS}
-    if any(exits.values()) and cfg.loop.gate == "none":
+    exiting = bool(used & set(EXITS))
+    if exiting and cfg.loop.gate == "none":
         raise ValueError(
             "the loss terms 'exit', 'exit_entropy' and 'gate' need an exit gate, model.loop.gate"
         )
-    if any(exits.values()) and cfg.filter.keep < 1:
+    if exiting and cfg.filter.keep < 1:
         raise ValueError("the loss terms of the exit gate learn from all tokens: model.filter.keep must be 1")
 
-    def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
-        drawing = project.keyed(key)
-        if future and batch.future is None:
+    def loss_fn(
+        params: Params, batch: Batch, key: Key, step: jax.typing.ArrayLike = 0
+    ) -> tuple[jax.Array, Metrics]:
+        drawing, coefficients = project.keyed(key), _coefficients(terms, step)
+        future = coefficients.pop("future")
+        exits = {name: coefficients.pop(name) for name in EXITS}
+        if "future" in used and batch.future is None:
             batch = make_prepare(cfg)(batch)
-        if exits["gate"]:
+        if "gate" in used:
             params = _only_gate(params)
-        over, rider = functools.partial(token_loss, cfg, chunk, tuple(coefficients.items())), None
+        over, rider = functools.partial(_over_tokens, cfg, chunk, coefficients), None
         if cfg.filter.keep < 1:
             B, L = batch.tokens.shape
             rider = collider.passenger(B, collider.kept_count(cfg.filter, L))
-        output = transformer.forward(
-            cfg, drawing, params, batch, each_loop=any(exits.values()), passenger=rider
-        )
+        output = transformer.forward(cfg, drawing, params, batch, each_loop=exiting, passenger=rider)
         head = transformer.head(cfg, params)
         total, metrics, filtered, hidden = jnp.zeros((), jnp.float32), {}, {}, output.hidden
-        if any(exits.values()):
+        if exiting:
             total, metrics = _exit_loss(cfg, chunk, exits, params, output, batch)
-        if any(coefficients.values()) or not any(exits.values()):
+        if used & set(STATISTICS) or not exiting:
             if rider is None:
-                main, sums = over(output.hidden, head, batch.targets, batch.weights)  # type: ignore[misc]
+                main, sums = over(output.hidden, head, batch.targets, batch.weights)
             else:
                 main, sums, filtered, index_Bk = _filtered_loss(cfg, chunk, over, output, head, batch, key)
-                if future:
+                if "future" in used:
                     hidden, weights = collider.only_kept(hidden, batch.future, index_Bk)
                     batch = batch.replace(future=weights)  # type: ignore[attr-defined]
             total = main if not metrics else total + main
             metrics |= {f"loss/{name}": sums[TERMS[name][0]] for name, _ in terms if TERMS[name][0] in sums}
             metrics |= {"loss/next_token": sums["nll"], "loss/entropy": sums["entropy"]}
-        if future:
+        if "future" in used:
             more, means = _future_loss(cfg, drawing, chunk, future, params, hidden, batch)
             total, metrics = total + more, metrics | means
+        tokens = jnp.sum(batch.weights) if scheduled else None  # pieces of a batch add up to its weight
+        metrics |= {f"loss/weight_{name}": tokens * weight_at(w, step) for name, w in scheduled.items()}
         return total, metrics | output.aux | filtered
 
     return loss_fn
@@ -152,10 +182,9 @@ def _future_loss(cfg, project, chunk, coefficient, params, hidden_BLD, batch):
     )  # fmt: skip
     shares_M = cfg.mtp.decay ** jnp.arange(depth, dtype=jnp.float32)
     weights_MBL = shares_M[:, None, None] * jnp.moveaxis(batch.future, 1, 0)
-    coefficients = (("nll", coefficient), ("z", 0.0), ("entropy", 0.0))
-    total, sums = token_loss(  # type: ignore[misc]
-        cfg, chunk, coefficients, hidden_MBLD, transformer.head(cfg, params),
-        mtp.future_targets(batch.targets, depth), weights_MBL,
+    total, sums = _over_tokens(
+        cfg, chunk, {"nll": coefficient, "z": 0.0, "entropy": 0.0}, hidden_MBLD,
+        transformer.head(cfg, params), mtp.future_targets(batch.targets, depth), weights_MBL,
     )  # fmt: skip
     means_M = sums["nll"] / shares_M
     metrics = {f"loss/mtp_{i + 1}": means_M[i] for i in range(depth)}
@@ -182,7 +211,7 @@ def _exit_loss(cfg, chunk, coefficients, params, output, batch):
     metrics = {f"loss/loop_{r + 1}": sums_R[r] for r in range(cfg.loop.count)}
     metrics |= {"loss/next_token": sums_R[-1], "loss/entropy": jnp.sum(batch.weights * each["entropy"][-1])}
     metrics |= {"loss/exit": expected, "loss/exit_entropy": spread}
-    if coefficients["gate"]:
+    if _counts(coefficients["gate"]):
         second = jnp.sum(batch.weights * loop.stage_two(output.exits, each["nll"]))
         total, metrics = total + coefficients["gate"] * second, metrics | {"loss/gate": second}
     return total, metrics | loop.metrics(log_p_RBL, batch.weights)
@@ -221,6 +250,13 @@ def _token_statistics(cfg, chunk, hidden_BLD, head_DV, targets_BL):
     return {name: jnp.moveaxis(a, 0, 1).reshape(targets_BL.shape) for name, a in each.items()}
 
 
+def _over_tokens(cfg, chunk, coefficients, hidden, head, targets, weights):
+    """`token_loss` of coefficients {statistic: number or array}."""
+    fixed = tuple((name, c) for name, c in coefficients.items() if isinstance(c, float))
+    scheduled = {name: c for name, c in coefficients.items() if not isinstance(c, float)}
+    return token_loss(cfg, chunk, fixed, hidden, head, targets, weights, scheduled)  # type: ignore[misc]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def token_loss(
     cfg: ModelConfig,
@@ -230,14 +266,17 @@ def token_loss(
     head_DV: jax.Array,
     targets_BL: jax.Array,
     weights_BL: jax.Array,
+    scheduled: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """sum_t weights_t * sum_i coefficient_i * statistic_i(t), in chunks of the sequence.
 
-    Args: hidden, targets and weights may have one more leading axis M; its entries are walked in turn.
+    Args: coefficients: those that are numbers; scheduled: the others, float32 []; together one for each
+    of STATISTICS. hidden, targets and weights may have one more leading axis M; its entries are walked in turn.
     Returns: (float32 scalar, {statistic: its weighted sum, float32 [] or [M]}); the dict carries no
     gradient, nor do weights and targets.
     """
-    return _total(cfg, chunk, coefficients, hidden_BLD, head_DV, targets_BL, weights_BL, grads=False)[0]
+    weight_of = dict(coefficients) | dict(scheduled or {})
+    return _total(cfg, chunk, weight_of, hidden_BLD, head_DV, targets_BL, weights_BL, grads=False)[0]
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -283,16 +322,15 @@ def weighted_nll(
 
 
 def _weighted(cfg, chunk, hidden, head, targets, weights, grads):
-    only = (("nll", 1.0), ("z", 0.0), ("entropy", 0.0))
+    only = {"nll": 1.0, "z": 0.0, "entropy": 0.0}
     (total, _), gradients, each = _total(
         cfg, chunk, only, hidden, head, targets, weights, grads, ("nll", "entropy")
     )
     return (total, each), gradients
 
 
-def _total(cfg, chunk, coefficients, hidden, head, targets, weights, grads, keep=()):
+def _total(cfg, chunk, weight_of, hidden, head, targets, weights, grads, keep=()):
     """((total, sums), (d_hidden, d_head), kept statistics), with or without the leading axis M."""
-    weight_of = dict(coefficients)
     d_head = jnp.zeros(head.shape, jnp.float32) if grads else None
 
     def walk(d_head, piece):
@@ -342,14 +380,15 @@ def _logit_gradient(weight_of, s, z, target):
     p = s["p"]
     share = weight_of["nll"] + 2 * weight_of["z"] * s["lse"][..., None]
     dz = share * p - weight_of["nll"] * jax.nn.one_hot(target, z.shape[-1], dtype=p.dtype)
-    if weight_of["entropy"]:
+    if _counts(weight_of["entropy"]):
         log_p = z - s["lse"][..., None]
         dz = dz - weight_of["entropy"] * jnp.where(p > 0, p * (log_p + s["entropy"][..., None]), 0.0)
     return dz
 
 
-def _token_loss_forward(cfg, chunk, coefficients, hidden, head, targets, weights):
-    out, (d_hidden, d_head), _ = _total(cfg, chunk, coefficients, hidden, head, targets, weights, grads=True)
+def _token_loss_forward(cfg, chunk, coefficients, hidden, head, targets, weights, scheduled):
+    weight_of = dict(coefficients) | dict(scheduled or {})
+    out, (d_hidden, d_head), _ = _total(cfg, chunk, weight_of, hidden, head, targets, weights, grads=True)
     assert d_head is not None
     return out, (d_hidden, d_head.astype(head.dtype), targets, weights)
 
@@ -358,7 +397,7 @@ def _token_loss_backward(cfg, chunk, coefficients, residuals, cotangents):
     d_hidden, d_head, targets, weights = residuals
     g = cotangents[0]  # the statistics carry no gradient
     no_gradient = jnp.zeros(targets.shape, jax.dtypes.float0)
-    return (g.astype(d_hidden.dtype) * d_hidden, g * d_head, no_gradient, jnp.zeros_like(weights))
+    return (g.astype(d_hidden.dtype) * d_hidden, g * d_head, no_gradient, jnp.zeros_like(weights), None)
 
 
 token_loss.defvjp(_token_loss_forward, _token_loss_backward)

@@ -326,6 +326,13 @@ def test_blocks_resolve(name):
         ({"train__microbatches": 3}, "'data.batch' = 8 must be a multiple of 'train.microbatches' = 3"),
         ({"train__loss": (("next_tokn", 1.0),)}, "Did you mean 'next_token'?"),
         ({"train__loss": (("z", 0.0),)}, "needs a term with a weight"),
+        ({"train__loss": (("z", ((0, 0.0), (9, 0.0))),)}, "needs a term with a weight"),
+        ({"train__loss": (("z", ((0, 0.1),)),)}, "a number, or at least two points (step, weight)"),
+        ({"train__loss": (("z", ((9, 0.1), (9, 0.2))),)}, "with growing steps from 0 on, got ((9, 0.1), (9"),
+        ({"train__loss": (("z", ((-1, 0.1), (9, 0.2))),)}, "with growing steps from 0 on"),
+        ({"train__loss": (("z", ((300, 0.1), (900, 0.2))),)}, "which train.steps = 300 never reaches"),
+        ({"train__loss": (("z", ((0.5, 0.1), (9, 0.2))),)}, "'train.loss' must be int, got 0.5 (float)"),
+        ({"train__loss": (("z", "0.1"),)}, "'train.loss' must be float, got '0.1'"),
         ({"train__loss": (("mtp", 0.2),)}, "has the term 'mtp', which needs model.mtp.depth"),
         ({"model__mtp__depth": 2}, "'model.mtp.depth' = 2 needs the term 'mtp' in train.loss"),
         (

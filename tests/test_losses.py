@@ -6,12 +6,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nanochat_jax import losses
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.model import transformer
+from nanochat_jax.train import step as steps
 from nanochat_jax.types import Batch
 
 CFG = ModelConfig(vocab_size=60, dim=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=32)
@@ -145,3 +147,66 @@ def test_token_nll_matches_the_loss(key):
     nll = losses.make_token_nll(CFG, 16)(params, batch)
     loss, _ = losses.make_loss(CFG, (("next_token", 1.0),), 16)(params, batch, key)
     np.testing.assert_allclose(jnp.sum(nll * batch.weights), loss, rtol=1e-5)
+
+
+# --- weights that follow the step
+
+POINTS = ((2, 0.3), (6, 0.1), (7, 0.5))
+
+
+def test_a_scheduled_weight_lies_on_the_lines_between_its_points():
+    at = jax.jit(lambda step: losses.weight_at(POINTS, step))
+    got = [float(at(step)) for step in range(10)]
+    np.testing.assert_allclose(got, np.interp(range(10), [2, 6, 7], [0.3, 0.1, 0.5]), rtol=1e-6)
+    assert losses.weight_at(0.3, jnp.int32(5)) == 0.3 and at._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["next_token", "z", "logit_entropy"])
+def test_a_scheduled_weight_is_at_every_step_that_number(name, key):
+    """Loss, metrics and gradient, in one trace for all steps."""
+    params, batch = model_case()
+    others = tuple((term, 0.2) for term in ("next_token", "z", "logit_entropy") if term != name)
+    run = jax.jit(jax.value_and_grad(losses.make_loss(CFG, (*others, (name, POINTS)), 16), has_aux=True))
+    for step in (0, 3, 6, 20):
+        weight = float(np.interp(step, *zip(*POINTS, strict=True)))
+        fixed = jax.value_and_grad(losses.make_loss(CFG, (*others, (name, weight)), 16), has_aux=True)
+        (loss, metrics), grads = run(params, batch, key, jnp.int32(step))
+        (want, wanted), want_grads = fixed(params, batch, key)
+        np.testing.assert_allclose(metrics.pop(f"loss/weight_{name}"), weight, rtol=1e-6)
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+        for got, expected in zip(
+            jax.tree.leaves((metrics, grads)), jax.tree.leaves((wanted, want_grads)), strict=True
+        ):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)
+    assert run._cache_size() == 1
+
+
+def test_numbers_leave_no_trace_of_the_step(key):
+    """The program does not read the step where all weights are numbers; where one is scheduled it does."""
+    params, batch = model_case()
+
+    def text(terms):
+        gradient = jax.value_and_grad(losses.make_loss(CFG, terms, 16), has_aux=True)
+        return str(jax.make_jaxpr(gradient)(params, batch, key, jnp.int32(3)).jaxpr.eqns)
+
+    def without(terms):
+        gradient = jax.value_and_grad(losses.make_loss(CFG, terms, 16), has_aux=True)
+        return str(jax.make_jaxpr(gradient)(params, batch, key).jaxpr.eqns)
+
+    fixed = (("next_token", 1.0), ("z", 0.1))
+    assert len(text(fixed)) == len(without(fixed))
+    assert len(text((("next_token", 1.0), ("z", POINTS)))) > len(text(fixed))
+
+
+def test_the_train_step_passes_its_step_on(key):
+    """Two steps under a weight that is 1 and then 0: the second one moves nothing."""
+    params, batch = model_case()
+    loss_fn = losses.make_loss(CFG, (("next_token", ((0, 1.0), (1, 0.0))),), 16)
+    tx = optax.sgd(0.1)
+    step = jax.jit(steps.make_train_step(loss_fn, tx, 0, microbatches=2))
+    first, metrics = step(steps.new_state(params, tx), batch)
+    second, later = step(first, batch)
+    np.testing.assert_allclose([metrics["loss/weight_next_token"], later["loss/total"]], [1, 0], rtol=1e-5)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (params, first.params)), strict=True))
+    for a, b in zip(*map(jax.tree.leaves, (first.params, second.params)), strict=True):
+        np.testing.assert_array_equal(a, b)

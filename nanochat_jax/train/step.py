@@ -1,6 +1,7 @@
 """The train step and the eval step, as pure functions. No technique appears here: what varies
 arrives as `loss_fn` and `tx`."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -41,7 +42,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        gradient = jax.value_and_grad(functools.partial(loss_fn, step=state.step), has_aux=True)
         whole = prepare(normalize(batch))
         (loss, metrics), grads = _accumulate(gradient, state.params, whole, key, microbatches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

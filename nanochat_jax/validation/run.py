@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from nanochat_jax.validation.checks import ConfigError, at_least, choice, divides, unused
 from nanochat_jax.validation.optimizer import GROUPS, validate_galore
 
 if TYPE_CHECKING:
-    from nanochat_jax.config import Config
+    from nanochat_jax.config import Config, Weight
 
 LOSS_TERMS = ("next_token", "z", "logit_entropy", "mtp", "exit", "exit_entropy", "gate")
 
@@ -35,14 +36,35 @@ def _validate_reference(c: Config) -> None:
         raise ConfigError(f"'data.reference' has no effect because {why}")
 
 
+def _values(weight: Weight) -> tuple[float, ...]:
+    """A weight, or those of all its points."""
+    return tuple(value for _, value in weight) if isinstance(weight, tuple) else (weight,)
+
+
+def _validate_points(name: str, points: tuple[tuple[int, float], ...], steps: int) -> None:
+    at = [step for step, _ in points]
+    if len(at) < 2 or at[0] < 0 or any(b <= a for a, b in itertools.pairwise(at)):
+        raise ConfigError(
+            f"'train.loss' needs a weight of '{name}' that is a number, or at least two points (step, weight) "
+            f"with growing steps from 0 on, got {points!r}"
+        )
+    if at[0] >= steps:
+        raise ConfigError(
+            f"'train.loss' changes the weight of '{name}' from step {at[0]} on, which train.steps = {steps} never "
+            f"reaches"
+        )
+
+
 def _validate_loss(c: Config) -> None:
     """Terms are known, and the model's further tokens and their term come together."""
     loss, depth = c.train.loss, c.model.mtp.depth
-    if not any(weight for _, weight in loss):
+    if not any(any(_values(weight)) for _, weight in loss):
         raise ConfigError(f"'train.loss' needs a term with a weight, got {loss!r}")
-    for name, _ in loss:
+    for name, weight in loss:
         choice("train.loss", name, LOSS_TERMS)
-    weight = sum(weight for name, weight in loss if name == "mtp")
+        if isinstance(weight, tuple):
+            _validate_points(name, weight, c.train.steps)
+    weight = sum(max(_values(weight)) for name, weight in loss if name == "mtp")
     if depth == 0 and any(name == "mtp" for name, _ in loss):
         raise ConfigError("'train.loss' has the term 'mtp', which needs model.mtp.depth of at least 1")
     if depth and weight <= 0:
@@ -63,7 +85,7 @@ def _validate_exit_loss(c: Config) -> None:
         raise ConfigError(
             f"'train.loss' has the term '{terms[0]}', which needs an exit gate in model.loop.gate"
         )
-    if gate != "none" and loss.get("exit", 0) <= 0 and loss.get("gate", 0) <= 0:
+    if gate != "none" and all(max(_values(loss.get(name, 0.0))) <= 0 for name in ("exit", "gate")):
         raise ConfigError(
             f"'model.loop.gate' = '{gate}' needs the term 'exit' or 'gate' in train.loss with a positive weight"
         )
