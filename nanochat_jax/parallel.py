@@ -17,9 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.params import ParamSpec, flatten, owner, path_name
-from nanochat_jax.types import Batch, TrainState
+from nanochat_jax.types import Batch, Params, TrainState
 
 AXES = ("data", "fsdp", "tensor")
+STACKS = ("before", "blocks", "after")  # weights [layer, ...] that `whole_layer` gathers
+Gradient = Callable[..., Any]  # (params, batch, key) -> ((loss, metrics), grads)
 Rules = Mapping[str | None, str | tuple[str, ...] | None]
 RULES: Rules = {
     "batch": ("data", "fsdp"),
@@ -130,6 +132,147 @@ def over_layers(mesh: Mesh) -> Callable[[jax.Array], jax.Array] | None:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(tuple(axes))))
 
     return constrain
+
+
+def over_rows(mesh: Mesh, specs: Mapping[str, Any], dtype: str = "float32") -> Callable[[Gradient], Gradient]:
+    """Let each device differentiate its own rows, and add the results once; the identity on one device.
+
+    Left to itself the partitioner adds the gradients of every microbatch, and reads the split axis of
+    weights as one of products: it gathers the rows and adds activations. Here all axes are the program's
+    own (`jax.shard_map`): gradients of all microbatches are added on each device, and over devices at the
+    end. Stacks of layers stay split over fsdp, and `whole_layer` gathers them one layer at a time; what
+    else is split is gathered once. With mesh.tensor > 1 only the replicas are treated so.
+
+    Args: specs: of the weights. dtype: of the exchanged numbers, float32 or bfloat16; added in float32.
+    Returns: function of f(params, batch, key) -> ((loss, metrics), grads), all sums over rows, that gives
+    the same function of global arrays. Each device's key is its own.
+    """
+    manual = AXES if mesh.shape["tensor"] == 1 else ("data",)
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in manual and mesh.shape[axis] > 1)
+    if not rows:
+        return lambda f: f
+    split = {
+        path: _split_axis(spec, mesh) if "fsdp" in rows else None for path, spec in flatten(specs).items()
+    }
+    layouts = jax.tree_util.tree_map_with_path(
+        lambda path, spec: PartitionSpec(*(
+            "fsdp" if i == split[path_name(path)] else None for i in range(len(spec.shape))
+        )),
+        specs,
+    )  # fmt: skip
+
+    def outside(path: tuple) -> int | None:
+        name = path_name(path)
+        return None if name.split("/")[0] in STACKS else split[name]
+
+    def gathered(path: tuple, w: jax.Array) -> jax.Array:
+        axis = outside(path)
+        return w if axis is None else _gather(w, axis, dtype)
+
+    def added(path: tuple, g: jax.Array) -> jax.Array:
+        """Over the axes that the gradient was not added over yet."""
+        if (axis := outside(path)) is not None:
+            g = _scatter(g, axis, dtype)
+        left = tuple(axis for axis in rows if axis != "fsdp" or split[path_name(path)] is None)
+        return _add(g, left, dtype)
+
+    def wrap(f: Gradient) -> Gradient:
+        def local(params: Any, batch: Batch, key: jax.Array, index: jax.Array) -> Any:
+            whole = jax.tree_util.tree_map_with_path(gathered, params)
+            sums, grads = f(whole, batch, jax.random.fold_in(key, index[0]))
+            return jax.lax.psum(sums, rows), jax.tree_util.tree_map_with_path(added, grads)
+
+        parts = int(np.prod([mesh.shape[axis] for axis in rows]))
+
+        def run(params: Any, batch: Batch, key: jax.Array) -> Any:
+            return jax.shard_map(
+                local, mesh=mesh, in_specs=(layouts, PartitionSpec(rows), PartitionSpec(), PartitionSpec(rows)),
+                out_specs=(PartitionSpec(), layouts), axis_names=set(manual), check_vma=False,
+            )(params, batch, key, jax.numpy.arange(parts))  # fmt: skip
+
+        return run
+
+    return wrap
+
+
+def whole_layer(
+    mesh: Mesh, specs: Mapping[str, Any], dtype: str = "float32"
+) -> Callable[[str, Params], Params] | None:
+    """Gathers one layer's weights over fsdp, inside `over_rows`; None where nothing is split so.
+
+    Returns: function (name of the stack, weights of one of its layers) -> the same, whole. Its gradient
+    adds over devices and leaves each its part.
+    """
+    if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
+        return None
+    split = {path: _split_axis(spec, mesh) for path, spec in flatten(specs).items()}
+
+    def whole(stack: str, layer: Params) -> Params:
+        def each(path: tuple, w: jax.Array) -> jax.Array:
+            axis = split.get(f"{stack}/{path_name(path)}")
+            return w if axis is None else _gather(w, axis - 1, dtype)  # the axis of layers is gone
+
+        return jax.tree_util.tree_map_with_path(each, layer)
+
+    return whole
+
+
+def _split_axis(spec: ParamSpec, mesh: Mesh) -> int | None:
+    """The dimension of a weight that fsdp splits."""
+    found = [i for i, axis in enumerate(spec.axes) if "fsdp" in _names(RULES[axis])]
+    return found[0] if found and mesh.shape["fsdp"] > 1 else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w: jax.Array, axis: int, dtype: str) -> jax.Array:
+    """All devices' parts of `axis` over fsdp, sent in a dtype."""
+    bits = jax.lax.all_gather(_sent(w, dtype), "fsdp", axis=axis, tiled=True)
+    return _received(bits, w.dtype)
+
+
+def _gather_forward(w, axis, dtype):
+    return _gather(w, axis, dtype), None
+
+
+def _gather_backward(axis, dtype, _, g):
+    return (_scatter(g, axis, dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _scatter(g: jax.Array, axis: int, dtype: str, over: str | tuple[str, ...] = "fsdp") -> jax.Array:
+    """The sum over devices, of which each keeps its part of `axis`."""
+    if dtype == "float32":
+        return jax.lax.psum_scatter(g, over, scatter_dimension=axis, tiled=True)
+    parts = jax.lax.axis_size(over)
+    bits = _sent(jax.numpy.moveaxis(g, axis, 0), dtype)
+    bits = jax.lax.all_to_all(bits.reshape(parts, -1, *bits.shape[1:]), over, 0, 0)
+    return jax.numpy.moveaxis(jax.numpy.sum(_received(bits, g.dtype), 0), 0, axis)
+
+
+def _add(g: jax.Array, over: tuple[str, ...], dtype: str) -> jax.Array:
+    """The sum over devices. In bfloat16 each device adds its part of all in float32, and sends the sum."""
+    if not over or dtype == "float32":
+        return jax.lax.psum(g, over) if over else g
+    parts = jax.lax.axis_size(over)
+    flat = jax.numpy.pad(g.reshape(-1), (0, -g.size % parts))
+    total = _scatter(flat, 0, dtype, over)
+    bits = jax.lax.all_gather(_sent(total, dtype), over, axis=0, tiled=True)
+    return _received(bits, g.dtype)[: g.size].reshape(g.shape)
+
+
+def _sent(x: jax.Array, dtype: str) -> jax.Array:
+    """What crosses the wire: bfloat16 as bits, so that no backend computes or sends something wider."""
+    if dtype == "float32":
+        return x
+    return jax.lax.bitcast_convert_type(x.astype(jax.numpy.bfloat16), jax.numpy.uint16)
+
+
+def _received(bits: jax.Array, dtype: Any) -> jax.Array:
+    if bits.dtype != jax.numpy.uint16:
+        return bits
+    return jax.lax.bitcast_convert_type(bits, jax.numpy.bfloat16).astype(dtype)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
