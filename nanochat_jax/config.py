@@ -276,6 +276,9 @@ class MeshConfig:
     data: int = 1  # replicas
     fsdp: int = 1  # batch and parameters split
     tensor: int = 1  # single matrices split
+    reduce_dtype: str = (
+        "float32"  # of exchanged gradients, and of weights gathered over fsdp: float32 | bfloat16
+    )
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,12 @@ def _counts(coefficient: float | jax.Array) -> bool:
     return not isinstance(coefficient, float) or coefficient != 0
 
 
-def make_loss(cfg: ModelConfig, terms: Terms, chunk: int = 512) -> LossFn:
+def make_loss(cfg: ModelConfig, terms: Terms, chunk: int = 512, whole: transformer.Whole = None) -> LossFn:
     """Build loss_fn(params, batch, key, step = 0) -> (scalar, metrics).
 
     Args: terms: (name in TERMS, weight or its points). chunk: tokens whose logits exist at once.
     step: int32 [] or a number, updates done so far; only scheduled weights read it.
+    whole: see `transformer.forward`.
     The loss is the sum over tokens of batch.weights * sum_i weight_i * term_i. Metrics hold each
     term's own weighted sum as "loss/<name>", and "loss/entropy". The term "mtp" is weighted by
     batch.future (computed from this batch if it is None, see `make_prepare`); its metrics are nats per
@@ -123,7 +124,9 @@ def make_loss(cfg: ModelConfig, terms: Terms, chunk: int = 512) -> LossFn:
         if cfg.filter.keep < 1:
             B, L = batch.tokens.shape
             rider = collider.passenger(B, collider.kept_count(cfg.filter, L))
-        output = transformer.forward(cfg, drawing, params, batch, each_loop=exiting, passenger=rider)
+        output = transformer.forward(
+            cfg, drawing, params, batch, each_loop=exiting, passenger=rider, whole=whole
+        )
         head = transformer.head(cfg, params)
         total, metrics, filtered, hidden = jnp.zeros((), jnp.float32), {}, {}, output.hidden
         if exiting:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax import params as P
 from nanochat_jax.config import ModelConfig, layer_period, padded_vocab, value_layers
@@ -22,6 +23,8 @@ from nanochat_jax.model.layers import MLPS, rms_norm
 from nanochat_jax.params import ParamSpec
 from nanochat_jax.quant.project import Project
 from nanochat_jax.types import Batch, KVCache, Output, Params
+
+Whole = Callable[[str, Params], Params] | None  # (stack, parts of one layer's weights) -> whole ones
 
 
 def param_specs(cfg: ModelConfig) -> dict:
@@ -140,6 +143,7 @@ def forward(
     each_loop: bool = False,
     quantile: jax.typing.ArrayLike | None = None,
     passenger: jax.Array | None = None,
+    whole: Whole = None,
 ) -> Output:
     """Hidden states of packed rows, or of the next tokens of cached sequences.
 
@@ -148,7 +152,8 @@ def forward(
     each_loop: without a cache, also return what the model with r loops gives, for every r, and the
     logits of the exit gate. quantile: with a cache and L = 1, a row leaves the loops when its exit
     distribution reaches this share (`model.loop.leaves`); None = all loops.
-    passenger: if given, the backward pass sees the kept rows only (model/collider.py).
+    passenger: if given, the backward pass sees the kept rows only (model/collider.py). whole: makes the
+    weights of one layer of a stack whole where devices hold parts of them (`parallel.whole_layer`).
     Returns: Output with hidden [B, L, D] in the compute dtype, the cache with the new tokens'
     keys and values written and `length` advanced by L, and without a cache aux, sums over tokens
     weighted by `batch.weights` (like the loss, so that pieces of a batch add up).
@@ -172,9 +177,12 @@ def forward(
         own, inner = stacks.get(name, cfg), name == "blocks"
         chosen = project if inner or cfg.fp4.outside == "same" else project.spared()
         if passenger is None:
-            run = _remat(cfg, functools.partial(block.layer, cfg, chosen, context, batch.tokens))
+            run = functools.partial(block.layer, cfg, chosen, context, batch.tokens)
         else:
             run = collider.layer(cfg, chosen, context, batch.tokens)
+        if whole is not None:
+            run = _gathering(run, functools.partial(whole, name))
+        run = _remat(cfg, run, whole) if passenger is None else _remat(cfg, run, whole, "none")
         layers = {"blocks": _numbered(own, project, params[name], first)}
         layers["value"] = params.get("value", {}) if inner else {}
         return _stack(own, run, carry, x0, layers, kv)
@@ -274,11 +282,27 @@ def _numbered(cfg: ModelConfig, project: Project, blocks: Params, first: int | j
     return {**blocks, "number": first + jnp.arange(cfg.layers)}
 
 
-def _remat(cfg: ModelConfig, run):
-    if cfg.remat == "none":
+def _gathering(run, whole: Callable[[Params], Params]):
+    """The layer `run` on parts of weights, made whole inside it."""
+
+    def gathering(i, carry, x0, p, kv):
+        # Weights alone would be made whole for all loops at once, before the first.
+        p, carry = jax.lax.optimization_barrier((p, carry))
+        return run(i, carry, x0, checkpoint_name(whole(p), "whole"), kv)
+
+    return gathering
+
+
+def _remat(cfg: ModelConfig, run, whole: Whole = None, remat: str = ""):
+    """What the backward pass recomputes: at least whole weights, where devices hold parts of them."""
+    remat = remat or cfg.remat
+    if remat == "none" and whole is None:
         return run
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
-    return jax.checkpoint(run, policy=policy, static_argnums=0)
+    policies = {
+        "none": jax.checkpoint_policies.save_anything_except_these_names("whole"),
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    return jax.checkpoint(run, policy=policies.get(remat), static_argnums=0)
 
 
 def layer_unroll(cfg: ModelConfig) -> int:

@@ -76,8 +76,9 @@ class Parts:
     def __init__(self, cfg: Config, extension: tuple[float, int] | None = None):
         self.specs = transformer.param_specs(cfg.model)
         factor, start = extension or (None, 0)
-        self.loss_fn = losses.make_loss(cfg.model, cfg.train.loss, cfg.train.loss_chunk)
         self.mesh = parallel.mesh(cfg.mesh)
+        whole = parallel.whole_layer(self.mesh, self.specs, cfg.mesh.reduce_dtype)
+        self.loss_fn = losses.make_loss(cfg.model, cfg.train.loss, cfg.train.loss_chunk, whole)
         spread = parallel.over_layers(self.mesh)
         self.tx, self.schedules = optim.build(cfg.opt, cfg.train.steps, factor, start, spread, cfg.seed)
         self.init = lambda key: steps.new_state(params_lib.init_params(self.specs, key), self.tx)
@@ -87,7 +88,10 @@ class Parts:
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), self.shapes, self.layout
         )
         prepare = losses.make_prepare(cfg.model)
-        step = steps.make_train_step(self.loss_fn, self.tx, cfg.seed, cfg.train.microbatches, prepare)
+        over_rows = parallel.over_rows(self.mesh, self.specs, cfg.mesh.reduce_dtype)
+        step = steps.make_train_step(
+            self.loss_fn, self.tx, cfg.seed, cfg.train.microbatches, prepare, over_rows
+        )
         rows, everywhere = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
         self.step = jax.jit(
             step, donate_argnums=0, in_shardings=(self.layout, rows), out_shardings=(self.layout, everywhere)

@@ -31,6 +31,7 @@ def make_train_step(
     seed: int,
     microbatches: int = 1,
     prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    over_rows: Callable[[Callable], Callable] = lambda gradient: gradient,
 ) -> StepFn:
     """Build step(state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -38,13 +39,15 @@ def make_train_step(
     interrupted or not. With `microbatches` = m, microbatch i holds the rows i, i + m, ... and the
     gradients add up to those of the whole batch, because weights are normalized before the cut.
     `prepare` adds what else the loss needs of the whole normalized batch (`losses.make_prepare`).
+    `over_rows` adds up what the devices' rows give (`parallel.over_rows`), after all microbatches.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient = jax.value_and_grad(functools.partial(loss_fn, step=state.step), has_aux=True)
         whole = prepare(normalize(batch))
-        (loss, metrics), grads = _accumulate(gradient, state.params, whole, key, microbatches)
+        accumulate = over_rows(functools.partial(_accumulate, gradient, microbatches))
+        (loss, metrics), grads = accumulate(state.params, whole, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
@@ -59,7 +62,7 @@ def make_train_step(
     return step
 
 
-def _accumulate(gradient, params: Params, batch: Batch, key: jax.Array, microbatches: int):
+def _accumulate(gradient, microbatches: int, params: Params, batch: Batch, key: jax.Array):
     """((loss, metrics), grads) of the batch, summed over its microbatches."""
     if microbatches == 1:
         return gradient(params, batch, key)

@@ -183,6 +183,11 @@ def validate_mesh(c: Config) -> None:
     mesh = c.mesh
     for key in ("data", "fsdp", "tensor"):
         at_least(f"mesh.{key}", getattr(mesh, key), 1)
+    choice("mesh.reduce_dtype", mesh.reduce_dtype, ("float32", "bfloat16"))
+    if mesh.data * mesh.fsdp == 1:
+        unused("mesh", mesh, "mesh.data and mesh.fsdp are 1", ("reduce_dtype",))
+    if mesh.tensor > 1:
+        unused("mesh", mesh, "mesh.tensor leaves the exchange to the compiler", ("reduce_dtype",))
     rows = c.data.batch // c.train.microbatches
     divides("data.batch / train.microbatches", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
     m = c.model
