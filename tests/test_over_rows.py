@@ -1,0 +1,136 @@
+"""Gradients over devices: the numbers of one device, exchanged once a step, in the bytes that are predicted."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import losses, parallel
+from nanochat_jax.config import Config, DataConfig, LoopConfig, MeshConfig, ModelConfig, TrainConfig
+from nanochat_jax.model import transformer
+from nanochat_jax.plan import collectives, traffic
+from nanochat_jax.train import step as steps
+from nanochat_jax.types import Batch
+
+MODEL = ModelConfig(
+    vocab_size=128, dim=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp_dim=32, unroll=1, remat="block",
+    loop=LoopConfig(count=2),
+)  # fmt: skip
+
+
+def config(mesh, model=MODEL, microbatches=2):
+    return Config(
+        model=model, mesh=MeshConfig(**mesh), data=DataConfig(seq_len=8, batch=8),
+        train=TrainConfig(microbatches=microbatches),
+    )  # fmt: skip
+
+
+def rows():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 128, (8, 8), dtype=np.int32)
+    weights = rng.uniform(size=(8, 8)).astype(np.float32) / 64
+    return Batch(
+        tokens,
+        tokens[::-1].copy(),
+        weights,
+        np.ones_like(tokens),
+        np.tile(np.arange(8, dtype=np.int32), (8, 1)),
+    )
+
+
+def compiled(cfg):
+    """The gradient of a whole step on the config's mesh, compiled, and its arguments."""
+    specs, mesh = transformer.param_specs(cfg.model), parallel.mesh(cfg.mesh)
+    dtype = cfg.mesh.reduce_dtype
+    loss = losses.make_loss(cfg.model, cfg.train.loss, 64, parallel.whole_layer(mesh, specs, dtype))
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    run = parallel.over_rows(mesh, specs, dtype)(
+        functools.partial(steps._accumulate, gradient, cfg.train.microbatches)
+    )
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) / 4, specs)
+    places = parallel.param_shardings(specs, mesh)
+    given = (
+        jax.device_put(params, places),
+        jax.device_put(rows(), parallel.batch_sharding(mesh)),
+        jax.random.key(0),
+    )
+    step = jax.jit(run, out_shardings=(None, places)).lower(*given).compile()
+    return step, given
+
+
+@functools.cache
+def alone():
+    step, given = compiled(config({}))
+    return jax.tree.map(np.asarray, step(*given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"fsdp": 4}, {"data": 2, "fsdp": 2}, {"data": 2, "tensor": 2}])
+def test_sums_and_bytes(mesh):
+    """float32 rounding apart: rows are added in another order. Bytes to the byte, beside scalars."""
+    cfg = config(mesh)
+    step, given = compiled(cfg)
+    got = step(*given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-6), got, alone())
+    if "tensor" not in mesh:
+        assert_bytes(step, cfg)
+
+
+def assert_bytes(step, cfg):
+    measured, sometimes = collectives.exchanged(step.as_text(), jax.device_count())
+    predicted = traffic.gradients(cfg)
+    assert set(measured) == set(predicted) | {"all-reduce"} and not sometimes  # loss and metrics are scalars
+    for kind, size in measured.items():
+        assert size == pytest.approx(predicted.get(kind, 0), abs=100 if kind == "all-reduce" else 0.1), kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 2, "fsdp": 2}])
+def test_bfloat16_crosses_the_wire(mesh):
+    """As bits, half of float32's; losses are those of float32 weights rounded to 8 bits where gathered."""
+    cfg = config({**mesh, "reduce_dtype": "bfloat16"})
+    step, given = compiled(cfg)
+    (loss, _), grads = step(*given)
+    (want, _), wanted = alone()
+    np.testing.assert_allclose(loss, want, rtol=0.0 if "fsdp" not in mesh else 2e-2)
+    for got, true in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        assert float(jnp.linalg.norm(got - true)) <= (0.006 if "fsdp" not in mesh else 0.1) * np.linalg.norm(
+            true
+        )
+    text = step.as_text()
+    assert "u16[" in text
+    assert_bytes(step, cfg)
+    full, half = (sum(traffic.gradients(c).values()) for c in (config(mesh), cfg))
+    assert half == pytest.approx(full / 2, rel=0.01)
+
+
+def test_microbatches_exchange_no_more_over_replicas():
+    """Only fsdp, which must gather what it uses, pays per microbatch."""
+    for mesh, factor in (({"data": 4}, 1.0), ({"fsdp": 4}, 2.0)):
+        few, many = (traffic.gradients(config(mesh, microbatches=n)) for n in (1, 2))
+        ratio = sum(many.values()) / sum(few.values())
+        assert ratio == 1 if factor == 1 else 1.5 < ratio < 2
+
+
+def test_one_device_is_as_without():
+    mesh, specs = parallel.mesh(MeshConfig()), transformer.param_specs(MODEL)
+    assert parallel.whole_layer(mesh, specs) is None
+    f = object()
+    assert parallel.over_rows(mesh, specs)(f) is f  # type: ignore[arg-type]
+    assert traffic.predict(config({})) == {}
+
+
+def test_tensor_alone_is_left_to_the_compiler():
+    mesh, specs = parallel.mesh(MeshConfig(tensor=2)), transformer.param_specs(MODEL)
+    f = object()
+    assert parallel.over_rows(mesh, specs)(f) is f  # type: ignore[arg-type]
+
+
+def test_more_of_everything_is_more_traffic():
+    base = config({"fsdp": 2})
+    loops = dataclasses.replace(base, model=dataclasses.replace(MODEL, loop=LoopConfig(count=4)))
+    assert sum(traffic.gradients(loops).values()) > 1.5 * sum(traffic.gradients(base).values())
