@@ -7,8 +7,8 @@ Argument: "loop" (default) or "dense", e.g. --config=configs/config_a.py:dense
 `python -m nanochat_jax.plan --config=config_a` prints both counts, the memory, and the expected speed.
 
 Published: 32 sequences x 4 microbatches. 32 sequences of 8192 tokens need several times the card's memory;
-the same 128 sequences per update are cut into 64 microbatches instead. Entropy of loop exits (0.05) and
-the mixture of corpora are not set here; the learning rates, schedule and clip are the published ones.
+the same 128 sequences per update are cut into 64 microbatches instead. Loops learn when to leave: the entropy
+of exits has the published weight (0.05), as have learning rates, schedule and clip. The mixture is not set.
 """
 
 from nanochat_jax.config import BLOCKS, ConfigError, defaults
@@ -25,10 +25,13 @@ def get_config(arg: str = ""):
     m.update(BLOCKS["seed"])
     m.update(vocab_size=50257, dim=2048, layers=24, heads=16, kv_heads=16, head_dim=128, mlp_dim=8192)
     m.update(tied=False, quant="ternary_nvfp4", quant_group=0, remat="block", unroll=1)
-    m.loop.count, m.mhc.streams = 4, 4
+    m.loop.update(count=4, gate="shared")
+    m.mhc.streams = 4
+    config.train.loss = (("exit", 1.0), ("exit_entropy", 0.05))
     if arg == "dense":
         m.update(DENSE)
-        m.loop.count = 1
+        m.loop.update(count=1, gate="none")
+        config.train.loss = (("next_token", 1.0),)
     config.data.update(source="rust", seq_len=8192, batch=128, workers=64, prefetch=10)
     config.train.update(steps=100_000, microbatches=64)
     o.matrix.update(name="muon", lr=0.02, beta1=0.95, weight_decay=0.01, state_bits=8)

@@ -7,7 +7,7 @@ Argument: "fit" (default), "loop" or "dense", e.g. --config=configs/config_c.py:
     dense  5.13 B weights in one loop: fits still less.
 Published: 24 sequences x 2 microbatches, which needs many times the card's memory; the same 48 sequences
 per update are cut into 48 microbatches. Rates, schedule and clip are the published ones; what is common to
-the three machines comes from config_a.py. Entropy of loop exits (0.06) is not set here.
+the three machines comes from config_a.py. The entropy of loop exits has the weight 0.06.
 """
 
 from nanochat_jax.cli import read_config
@@ -27,6 +27,8 @@ def get_config(arg: str = ""):
     config.train.update(steps=120_000, microbatches=48)
     if arg in ("", "fit"):
         m.layers = 10
+    if arg != "dense":
+        config.train.loss = (("exit", 1.0), ("exit_entropy", 0.06))
     if arg == "dense":
         m.update(DENSE)
     o.matrix.lr = 0.022

@@ -147,7 +147,7 @@ def over_rows(mesh: Mesh, specs: Mapping[str, Any], dtype: str = "float32") -> C
     Returns: function of f(params, batch, key) -> ((loss, metrics), grads), all sums over rows, that gives
     the same function of global arrays. Each device's key is its own.
     """
-    manual = AXES if mesh.shape["tensor"] == 1 else ("data",)
+    manual = AXES if own_rows(MeshConfig(**mesh.shape)) else ("data",)
     rows = tuple(axis for axis in ("data", "fsdp") if axis in manual and mesh.shape[axis] > 1)
     if not rows:
         return lambda f: f
@@ -195,6 +195,11 @@ def over_rows(mesh: Mesh, specs: Mapping[str, Any], dtype: str = "float32") -> C
     return wrap
 
 
+def own_rows(sizes: MeshConfig) -> bool:
+    """Whether each device differentiates rows of its own, or some share rows (tensor)."""
+    return sizes.tensor == 1
+
+
 def whole_layer(
     mesh: Mesh, specs: Mapping[str, Any], dtype: str = "float32"
 ) -> Callable[[str, Params], Params] | None:
@@ -203,7 +208,7 @@ def whole_layer(
     Returns: function (name of the stack, weights of one of its layers) -> the same, whole. Its gradient
     adds over devices and leaves each its part.
     """
-    if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
+    if mesh.shape["fsdp"] == 1 or not own_rows(MeshConfig(**mesh.shape)):
         return None
     split = {path: _split_axis(spec, mesh) for path, spec in flatten(specs).items()}
 

@@ -58,13 +58,24 @@ HELD_OUT: dict[str, dict] = {
         "opt.matrix.name": "lion", "train.loss_chunk": 1024, "model.vocab_size": 8192, "model.remat": "block",
     },
 }  # fmt: skip
-# Compiled after that: the first two showed terms that were missing, the third checks the first.
+# Compiled after that: the first two showed terms that were missing, the third checks the first. The last
+# three came with loops in a scan and `parallel.over_rows`.
 LATER: dict[str, dict] = {
     "later: ternary with FP4 gradients, block": {"model.quant": "ternary_nvfp4", "model.remat": "block"},
     "later: two devices, fsdp, block": {"mesh.fsdp": 2, "model.remat": "block"},
     "later: mxfp4, dim 128, relu2, block": {
         "model.quant": "mxfp4", "model.dim": 128, "model.heads": 2, "model.kv_heads": 2, "model.mlp": "relu2",
         "model.mlp_dim": 512, "data.batch": 16, "model.remat": "block",
+    },
+    "later: two replicas, microbatches 2, block": {
+        "mesh.data": 2, "train.microbatches": 2, "model.remat": "block",
+    },
+    "later: two devices, fsdp, microbatches 2, 3 loops, block": {
+        "mesh.fsdp": 2, "train.microbatches": 2, "model.loop.count": 3, "model.remat": "block",
+    },
+    "later: exit gate of 3 loops, block": {
+        "model.loop.count": 3, "model.loop.gate": "shared", "model.remat": "block",
+        "train.loss": (("exit", 1.0), ("exit_entropy", 0.05)),
     },
 }  # fmt: skip
 # Not compiled yet: they have no row in the table.

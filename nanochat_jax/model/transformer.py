@@ -224,8 +224,9 @@ def forward(
         return (carry, ended), (readout(ended[0]), logits)
 
     # The transpose of a scan adds the loops' gradients into one set, one after the other. Of loops written
-    # out, as where layers are, all sets exist at once, because XLA adds them in one fusion at the end.
-    scans = cache is None and R > 1 and layer_unroll(cfg) < cfg.layers
+    # out, as where layers are, all sets exist at once, because XLA adds them in one fusion at the end. Two
+    # sets they are in any case, and a scan copies what one loop saves.
+    scans = cache is None and R > 2 and layer_unroll(cfg) < cfg.layers
     if scans:
         (carry, ended), found = jax.lax.scan(scanned, (carry, carry), jnp.arange(R))
         carry = ended if each_loop else ending(R - 1, carry)[0]

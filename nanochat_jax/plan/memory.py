@@ -3,16 +3,17 @@
 Exact, because counted on the real trees: parameters, gradients, optimizer state, batch. Estimated: what
 is alive besides them at the fullest moment, the largest of three:
 
-    backward    gradients of R loops + accumulated ones + saved activations of all layers of all loops
+    backward    gradients of two loops + accumulated ones + saved activations of all layers of all loops
                 + everything one layer's backward needs at once + the edges (embedding, hidden, d_head)
     loss        accumulated gradients + saved activations + LOGITS copies of a chunk's logits + the edges
     optimizer   gradients + updates + LEAVES copies of the largest leaf
 
 The counts of saved tensors are those of jax's own partial evaluation of one layer (test_memory reads them
 off the traced program) for layers that run in a scan, as on GPU or with model.unroll = 1; LOGITS, LEAVES,
-EDGES, STREAMS and FP4 are fitted to XLA's memory analysis, see experiments/plan. Each loop has gradients
-of its own because XLA adds them all at the end, in one fusion. The weights reach a layer as the scan hands
-them out, and are not saved; without rematerialization copies of them are, see `copied_bytes`.
+EDGES, STREAMS and FP4 are fitted to XLA's memory analysis, see experiments/plan. More than two loops
+run in a scan, with one set of gradients beside the sum, and a copy of what one loop saves; loops written out have one each, because XLA adds them all at the
+end, in one fusion. The weights reach a layer as the scan hands them out, and are not saved; without
+rematerialization copies of them are, see `copied_bytes`.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from nanochat_jax import losses, optim, parallel
 from nanochat_jax import params as params_lib
-from nanochat_jax.config import Config, MeshConfig, ModelConfig, OptConfig, padded_vocab
+from nanochat_jax.config import Config, MeshConfig, ModelConfig, OptConfig, layer_period, padded_vocab
 from nanochat_jax.kernels.attention import QUERY_BLOCK
 from nanochat_jax.model import collider, loop, transformer
 from nanochat_jax.model.layers import MLPS
@@ -90,14 +91,17 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
     streams = STREAMS * m.mhc.streams * m.dim * width if m.mhc.streams > 1 else 0
     copies = FP4 if "fp4" in m.quant else FP8 if "fp8" in m.quant else 0
     emulated = copies * 4 * (m.dim + (2 if MLPS[m.mlp][1] else 1) * m.mlp_dim // tensor)
+    scans = m.loop.count > 2 and m.layers > (m.unroll or layer_period(m))
+    held = applied + m.layers * scans  # a scan over loops copies what one of them saves
     if m.filter.keep < 1:  # of the trunk's layers; those of further tokens are differentiated as always
-        saved, constant = tokens * filtered_bytes(m, width, tensor) * applied, m.dim * m.mhc.streams * width
+        saved, constant = tokens * filtered_bytes(m, width, tensor) * held, m.dim * m.mhc.streams * width
         share = collider.kept_count(m.filter, L) / L
         work = round(tokens * (share * (whole + streams + emulated) + constant))
         if m.mtp.depth:
             work = max(work, tokens * (whole + emulated))
     else:
-        saved = tokens * one * applied + copied_bytes(m, platform, tensor) * applied
+        copying = applied - (m.loop.count - 1) * m.layers * scans  # copies are the same in every loop
+        saved = tokens * one * held + copied_bytes(m, platform, tensor) * copying
         work = tokens * (whole - kept + streams + emulated)
     work += gathered(m, cfg.mesh, sizes)
     logits = LOGITS * 4 * padded_vocab(m) // cfg.mesh.tensor * chunk_tokens(cfg, rows)
@@ -106,14 +110,16 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
     # Each device adds up the whole head's gradient before it is scattered, and gathers whole tables.
     table = padded_vocab(m) * m.dim // cfg.mesh.tensor
     head, casts = 2 * 4 * table, 2 * width * table if width < 4 or cfg.mesh.fsdp > 1 else 0
+    unsplit = 2 * 4 * table * (cfg.mesh.fsdp - 1) // cfg.mesh.fsdp if parallel.own_rows(cfg.mesh) else 0
     mask = rows * L * L * (1 + width) if platform != "cpu" else 0
     # The exit gate's loss reads the hidden states after every loop, and gives each a gradient.
     exits = 2 * m.loop.count - 1 if any(name in losses.EXITS for name, _ in t.loss) else 0
     edges = tokens * m.dim * width * (EDGES + exits + depth * 2) + head + casts + mask
     after = sum(b for p, b in sizes.items() if p.startswith("after/"))
-    further = (m.loop.count - 1) * blocks + (loop.readouts(m) - 1) * after
-    accumulated = (total if t.microbatches > 1 else 0) + further
-    carried = total if t.microbatches > 1 else 0
+    most = 2 if scans else m.loop.count  # sets of gradients of loops
+    further = (most - 1) * blocks + (min(loop.readouts(m), most) - 1) * after
+    carried = total + unsplit if t.microbatches > 1 else 0
+    accumulated = carried + further
     phases = {
         "backward": total + accumulated + saved + work + edges,
         "loss": carried + saved + logits + edges,
@@ -190,7 +196,8 @@ def copied_bytes(m: ModelConfig, platform: str, tensor: int = 1) -> int:
 
 def chunk_tokens(cfg: Config, rows: int) -> int:
     """Tokens of one device whose logits exist at once, as losses cuts them."""
-    size = max(1, min(cfg.data.seq_len, cfg.train.loss_chunk // (cfg.data.batch // cfg.train.microbatches)))
+    seen = rows if parallel.own_rows(cfg.mesh) else cfg.data.batch // cfg.train.microbatches
+    size = max(1, min(cfg.data.seq_len, cfg.train.loss_chunk // seen))
     while cfg.data.seq_len % size:
         size -= 1
     return size * rows

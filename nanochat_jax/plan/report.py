@@ -5,7 +5,7 @@ from typing import Any
 
 from nanochat_jax.config import Config, layer_period
 from nanochat_jax.model import loop, transformer
-from nanochat_jax.plan import fit, memory, speed
+from nanochat_jax.plan import collectives, fit, memory, speed, traffic
 from nanochat_jax.plan.devices import DEVICES, GIB, USABLE
 from nanochat_jax.telemetry.console import si
 
@@ -32,6 +32,7 @@ def plan(cfg: Config, device: str, fit_text: str = "", compiled: bool = False) -
         "layers": loop.layers_text(cfg.model),
         "memory": dataclasses.asdict(predicted) | {"peak": predicted.peak, "temporary": predicted.temporary},
         "speed": dataclasses.asdict(speed.predict(cfg, card)),
+        "traffic": traffic.predict(cfg, platform), "link": card.link,
         "limit": limit, "fits": predicted.peak <= limit, "change": change,
         "sentence": fit.sentence(change) + ("" if change is not None else fit.more_devices(cfg, limit, platform)),
     }  # fmt: skip
@@ -43,11 +44,12 @@ def plan(cfg: Config, device: str, fit_text: str = "", compiled: bool = False) -
     return record
 
 
-def compile_step(cfg: Config) -> dict[str, int]:
-    """XLA's memory analysis of the compiled step on one device, with abstract arrays: nothing is allocated.
+def compile_step(cfg: Config) -> dict[str, Any]:
+    """XLA's memory analysis of the compiled step, and its collectives, with abstract arrays: nothing is allocated.
 
     Layers run in a scan, as on a GPU, also where a CPU would run them all at once.
-    Returns: bytes of arguments, temporaries and both, and the predicted peak for this platform.
+    Returns: bytes of arguments, temporaries and both, and the predicted peak for this platform; "traffic",
+    what each device sends in a step by kind, "sometimes" beyond it, and what is "expected" in this dtype.
     Raises: ValueError if the platform's compiler has no memory analysis.
     """
     import jax
@@ -57,13 +59,16 @@ def compile_step(cfg: Config) -> dict[str, int]:
     if not cfg.model.unroll:
         cfg = fit.changed(cfg, {"model.unroll": layer_period(cfg.model)})
     parts = program.Parts(cfg)
-    analysis = parts.step.lower(parts.target, program.batch_shapes(cfg)).compile().memory_analysis()
+    compiled = parts.step.lower(parts.target, program.batch_shapes(cfg)).compile()
+    analysis, backend = compiled.memory_analysis(), jax.default_backend()
     if analysis is None:
-        raise ValueError(f"no memory analysis on platform {jax.default_backend()}")
+        raise ValueError(f"no memory analysis on platform {backend}")
     arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    predicted = memory.predict(cfg, jax.default_backend()).peak
+    every, sometimes = collectives.exchanged(compiled.as_text(), parts.mesh.size)
     return {
-        "arguments": arguments, "temporary": temporary, "peak": arguments + temporary, "predicted": predicted
+        "arguments": arguments, "temporary": temporary, "peak": arguments + temporary,
+        "predicted": memory.predict(cfg, backend).peak,
+        "traffic": every, "sometimes": sometimes, "expected": traffic.predict(cfg, backend),
     }  # fmt: skip
 
 
@@ -93,6 +98,7 @@ def text(record: dict[str, Any]) -> str:
             f"  XLA here   {xla['peak'] / GIB:10.2f}  arguments {xla['arguments'] / GIB:.2f}, temporary "
             f"{xla['temporary'] / GIB:.2f}; predicted for this platform {xla['predicted'] / GIB:.2f} ({off:+.1%})"
         )
+    lines += _exchange(record)
     lines += [
         f"work         {si(s['flops_per_token'])} FLOPs per token, {si(s['tokens_per_step'])} tokens per step",
         f"speed        {si(s['tokens_per_second'])} tokens/s expected, {s['mfu']:.0%} MFU, "
@@ -109,3 +115,26 @@ def text(record: dict[str, Any]) -> str:
             f"attention: {verdict}"
         )
     return "\n".join(lines)
+
+
+def _exchange(record: dict[str, Any]) -> list[str]:
+    """What devices send one another in a step; nothing on one device."""
+
+    def kinds(sizes: dict[str, float]) -> str:
+        return ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sorted(sizes.items())) or "nothing"
+
+    if record["devices"] == 1:
+        return []
+    expected = record["traffic"]
+    lines = [
+        f"exchange     {sum(expected.values()) / 1e9:.3g} GB sent by each device per step, "
+        f"{sum(expected.values()) / record['link']:.2g} s at {record['link'] / 1e9:.0f} GB/s ({kinds(expected)})"
+    ]
+    if xla := record.get("xla"):
+        lines.append(
+            f"  XLA here   {sum(xla['traffic'].values()) / 1e9:10.3g} GB ({kinds(xla['traffic'])}); expected for "
+            f"this platform {sum(xla['expected'].values()) / 1e9:.3g}"
+        )
+        if xla["sometimes"]:
+            lines.append(f"             and in steps that refresh a subspace {kinds(xla['sometimes'])}")
+    return lines

@@ -3,7 +3,7 @@
 A roofline, with parts that do not overlap:
 
     step = products / (EFFICIENCY * peak) + activations' traffic / bandwidth
-         + optimizer (products as above, its bytes / bandwidth) + gradients' exchange / link
+         + optimizer (products as above, its bytes / bandwidth) + bytes exchanged (plan.traffic) / link
 
 EFFICIENCY is an assumption, what well-tuned training reaches in its matrix products; nothing here was
 measured. FP4 and ternary run as emulation in bfloat16, so their products count at bfloat16's peak.
@@ -17,6 +17,7 @@ from nanochat_jax import params as params_lib
 from nanochat_jax.config import Config
 from nanochat_jax.model import flops, loop, transformer
 from nanochat_jax.plan import memory
+from nanochat_jax.plan import traffic as collective_bytes
 from nanochat_jax.plan.devices import Device
 
 EFFICIENCY = 0.5
@@ -51,9 +52,7 @@ def predict(cfg: Config, device: Device) -> Speed:
     traffic = applied * tokens * (saved + streams) / (cfg.mesh.data * cfg.mesh.fsdp)
     bytes_ = memory.predict(cfg)
     update = 6 * bytes_.parameters + 2 * bytes_.optimizer  # read and write each; gradients and updates too
-    exchanged = 2 * bytes_.gradients * (devices - 1) / devices
-    if cfg.mesh.fsdp > 1:  # gathered for the forward and the backward of every microbatch
-        exchanged += 2 * bytes_.parameters * (cfg.mesh.fsdp - 1) * cfg.train.microbatches
+    exchanged = sum(collective_bytes.predict(cfg).values())
     seconds = products / (EFFICIENCY * peak) + (traffic + update) / device.bandwidth + exchanged / device.link
     hours = cfg.train.steps * seconds / 3600
     return Speed(

@@ -36,6 +36,20 @@ def test_published_settings(name):
     assert {o.matrix.weight_decay, o.embed.weight_decay, o.head.weight_decay} == {0.01} and m.remat == "block"
 
 
+EXIT_ENTROPY = {"config_a": 0.05, "config_b": 0.08, "config_c": 0.06}
+
+
+@pytest.mark.parametrize("name", EXIT_ENTROPY)
+def test_loops_learn_when_to_leave(name):
+    """With the published weight of the exits' entropy; a model of one loop has no exits."""
+    for argument in ("", ":loop"):
+        cfg = cli.get_config(name + argument)
+        assert cfg.model.loop.gate == "shared"
+        assert cfg.train.loss == (("exit", 1.0), ("exit_entropy", EXIT_ENTROPY[name]))
+    dense = cli.get_config(f"{name}:dense")
+    assert dense.model.loop.gate == "none" and dense.train.loss == (("next_token", 1.0),)
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_are_those_of_the_names(name):
     counts = transformer.counts(cli.get_config(f"{name}:loop").model)

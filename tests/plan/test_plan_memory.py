@@ -262,7 +262,9 @@ def test_what_must_grow_grows():
     assert accumulating.accumulated == base.gradients
     assert accumulating.activations - weights == (base.activations - weights) // 4
     looped = memory.predict(config(dataclasses.replace(SMALL, loop=LoopConfig(count=3))))
-    assert looped.activations == 3 * base.activations and looped.parameters == base.parameters
+    # Three loops, and a copy of one; copies of weights are the same in every loop.
+    assert looped.activations == 4 * base.activations - 3 * weights and looped.parameters == base.parameters
+    assert looped.accumulated == sum(b for p, b in memory.weight_bytes(SMALL, ALONE).items() if "blocks" in p)
     assert memory.predict(config(batch=16)).activations == 2 * base.activations - weights
     assert memory.predict(config(), "cpu").activations > 1.9 * base.activations  # float32, shares
 
