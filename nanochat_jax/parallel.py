@@ -292,7 +292,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def data_shard(
     mesh: Mesh,
-    process_of: Callable[[jax.Device], int] = lambda device: device.process_index,
+    process_of: Callable[[Any], int] = lambda device: device.process_index,
     process: int | None = None,
 ) -> tuple[int, int]:
     """Which rows of every batch this process must load: those that its devices hold.
