@@ -32,7 +32,7 @@ from nanochat_jax.data.sources import DataError
 
 Stages = Sequence[Callable[[Any], Any]]
 
-CHUNK = 1024  # places of a declared order that are computed at once
+CHUNK = 128  # places of a declared order that are computed at once
 WARM = 32  # samples before the first guess of what takes long
 RECENT = 256  # samples that the guess is made of
 
@@ -98,7 +98,8 @@ def state_at(path: Path, emitted: int, max_late: int, window: int) -> dict[str, 
     coming = int(known.max()) + 1 if len(known) else 0
     old = max(0, emitted - max_late)  # all before have been emitted
     pending = sorted(set(range(old, coming)) - set(known.tolist()))
-    if len(pending) != coming - emitted:
+    moved = known - np.arange(first, emitted)
+    if len(pending) != coming - emitted or (moved >= window).any() or (moved < -max_late).any():
         raise DataError(f"{path} is no journal of data.pool.max_late = {max_late} and window = {window}")
     return {"next": coming, "pending": pending, "emitted": emitted}
 
