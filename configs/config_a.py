@@ -8,11 +8,23 @@ Argument: "loop" (default) or "dense", e.g. --config=configs/config_a.py:dense
 
 Published: 32 sequences x 4 microbatches. 32 sequences of 8192 tokens need several times the card's memory;
 the same 128 sequences per update are cut into 64 microbatches instead. Loops learn when to leave: the entropy
-of exits has the published weight (0.05), as have learning rates, schedule and clip. The mixture is not set.
+of exits has the published weight (0.05), as have learning rates, schedule, clip and the weights of the mixture.
+
+Data: four corpora, of which only the first can be installed; name the others where SOURCES does, or with
+--config.data.mix="(('quality','rust',0.4),('verified','gs://bucket/verified/*.parquet',0.3),...)".
+For Rust alone: --config.data.mix="()" --config.data.source=rust. The published filter (a file in 100 is
+compiled, 0.85 must pass) is off, because of Debian's Rust sources one file in three compiles by itself; for
+programs that do: --config.data.verify_every_n_examples=100 --config.data.min_compile_rate=0.85.
 """
 
 from nanochat_jax.config import BLOCKS, ConfigError, defaults
 
+SOURCES = {
+    "quality": "rust",
+    "verified": "data/verified",
+    "synthetic": "data/synthetic",
+    "docs": "data/docs",
+}
 DENSE = {"dim": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "mlp_dim": 14336, "tied": True}
 
 
@@ -32,7 +44,9 @@ def get_config(arg: str = ""):
         m.update(DENSE)
         m.loop.update(count=1, gate="none")
         config.train.loss = (("next_token", 1.0),)
-    config.data.update(source="rust", seq_len=8192, batch=128, workers=64, prefetch=10)
+    config.data.update(seq_len=8192, batch=128, workers=64, prefetch=10)
+    weights = (0.40, 0.30, 0.20, 0.10)
+    config.data.mix = tuple((*part, weight) for part, weight in zip(SOURCES.items(), weights, strict=True))
     config.train.update(steps=100_000, microbatches=64)
     o.matrix.update(name="muon", lr=0.02, beta1=0.95, weight_decay=0.01, state_bits=8)
     for group in (o.embed, o.head, o.scalar):

@@ -4,8 +4,8 @@ Argument: "loop" (default) or "dense", e.g. --config=configs/config_b.py:dense
     loop   dim 1536, 20 layers run 4 times: 0.91 B weights, the compute of 3.17 B unrolled (once "3B").
     dense  2.97 B weights in one loop, split over both cards: on the edge of fitting, see experiments/plan.
 Published: 4 sequences x 8 microbatches, two per card, each of which holds all weights. Rates, schedule and
-clip are the published ones; what is common to the three machines comes from config_a.py. The entropy of
-loop exits has the weight 0.08.
+clip are the published ones; what is common to the three machines, and what its data needs, comes from
+config_a.py. The entropy of loop exits has the weight 0.08.
 """
 
 from nanochat_jax.cli import read_config
@@ -21,6 +21,8 @@ def get_config(arg: str = ""):
     m.mhc.streams = 2
     config.mesh.data = 2  # the cards have no NVLink: gradients cross once per update, see experiments/plan
     config.data.update(seq_len=4096, batch=32, workers=8, prefetch=4)
+    weights = (0.50, 0.30, 0.15, 0.05)
+    config.data.mix = tuple((*part[:2], w) for part, w in zip(config.data.mix, weights, strict=True))
     config.train.update(steps=150_000, microbatches=8)
     if arg != "dense":
         config.train.loss = (("exit", 1.0), ("exit_entropy", 0.08))

@@ -7,7 +7,8 @@ Argument: "fit" (default), "loop" or "dense", e.g. --config=configs/config_c.py:
     dense  5.13 B weights in one loop: fits still less.
 Published: 24 sequences x 2 microbatches, which needs many times the card's memory; the same 48 sequences
 per update are cut into 48 microbatches. Rates, schedule and clip are the published ones; what is common to
-the three machines comes from config_a.py. The entropy of loop exits has the weight 0.06.
+the three machines, and what its data needs, comes from config_a.py. The entropy of loop exits has the weight
+0.06.
 """
 
 from nanochat_jax.cli import read_config
@@ -24,6 +25,8 @@ def get_config(arg: str = ""):
     m, o = config.model, config.opt
     m.update(dim=1792, layers=22, heads=14, kv_heads=14, mlp_dim=7168, quant="ternary", quant_group=128)
     config.data.update(seq_len=6144, batch=48, workers=112, prefetch=8)
+    weights = (0.45, 0.35, 0.15, 0.05)
+    config.data.mix = tuple((*part[:2], w) for part, w in zip(config.data.mix, weights, strict=True))
     config.train.update(steps=120_000, microbatches=48)
     if arg in ("", "fit"):
         m.layers = 10

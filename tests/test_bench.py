@@ -17,7 +17,7 @@ def run(child_env, *arguments):
     ("arguments", "message"),
     [
         (["optimizer"], "Did you mean 'optimizers'?"),
-        ([], "known: ablate, kernels, optimizers, telemetry, throughput"),
+        ([], "known: ablate, data, kernels, optimizers, telemetry, throughput"),
         (["throughput"], "--config is missing"),
         (["optimizers", "--trees=tinny"], "no tree 'tinny'. Did you mean 'tiny'?"),
         (["kernels", "--write"], "--write needs a GPU to measure, this is cpu"),

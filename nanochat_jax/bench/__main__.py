@@ -12,13 +12,20 @@ FLAGS = {
     "steps": cli.Flag(5, "steps per block"),
     "trees": cli.Flag("", "optimizers: parameter trees, e.g. tiny,config_a; default all"),
     "plan": cli.Flag("", "ablate: the directory of arms.json; also the word after `ablate`"),
-    "seeds": cli.Flag("", "ablate: only these, e.g. 0,1"),
+    "seeds": cli.Flag("", "ablate, data: only these, e.g. 0,1"),
     "arms": cli.Flag("", "ablate: only these arms, or chains of arms, e.g. muon,adamw"),
     "report": cli.Flag(False, "ablate: train nothing, only write the report"),
     "write": cli.Flag(False, "kernels: search tile sizes and store them in the table"),
 }
 # kind -> does it need --config
-KINDS = {"throughput": True, "optimizers": False, "ablate": False, "telemetry": True, "kernels": False}
+KINDS = {
+    "throughput": True,
+    "optimizers": False,
+    "ablate": False,
+    "telemetry": True,
+    "kernels": False,
+    "data": False,
+}
 
 
 def main(kind: str, cfg: Config, call: cli.Invocation) -> int:

@@ -9,6 +9,7 @@ import jax
 
 from nanochat_jax.bench import ablate as ablation
 from nanochat_jax.bench import ablate_report as report
+from nanochat_jax.bench import data as loaders
 from nanochat_jax.bench import kernels as products
 from nanochat_jax.bench import optimizers as memory
 from nanochat_jax.bench import telemetry as watching
@@ -43,12 +44,27 @@ def kernels(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
     return record, products.table(record)
 
 
+def data(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
+    """Idle time of the device by loader, with samples of uneven cost. Flags: seeds."""
+    record = loaders.data(_seeds(flags) or (0, 1, 2))
+    return record, loaders.table(record)
+
+
 COMMANDS = {
     "throughput": throughput,
     "optimizers": optimizers,
     "telemetry": telemetry,
     "kernels": kernels,
+    "data": data,
 }
+
+
+def _seeds(flags: Any) -> tuple[int, ...]:
+    """Of --seeds; () if it is absent. Raises: ConfigError."""
+    try:
+        return tuple(int(seed) for seed in flags.seeds.split(",")) if flags.seeds else ()
+    except ValueError:
+        raise ConfigError(f"--seeds must be whole numbers with commas, got '{flags.seeds}'") from None
 
 
 def ablate(flags: Any, interrupted: Callable[[], bool]) -> tuple[dict[str, Any], str]:
@@ -65,10 +81,7 @@ def ablate(flags: Any, interrupted: Callable[[], bool]) -> tuple[dict[str, Any],
     plan = ablation.read_plan(directory)
     runs = Path(flags.workdir or Path("runs") / directory.resolve().name)
     arms = ablation.selected(flags.arms, plan) if flags.arms else ()
-    try:
-        seeds = [int(seed) for seed in flags.seeds.split(",")] if flags.seeds else []
-    except ValueError:
-        raise ConfigError(f"--seeds must be whole numbers with commas, got '{flags.seeds}'") from None
+    seeds = list(_seeds(flags))
     if others := set(seeds) - set(plan.seeds):
         raise ConfigError(f"--seeds has {sorted(others)}, which arms.json does not plan: {list(plan.seeds)}")
     problems = [] if flags.report else ablation.run(directory, runs, seeds, arms, interrupted=interrupted)

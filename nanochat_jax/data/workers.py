@@ -27,7 +27,7 @@ ATTEMPTS = 3  # to encode one block, before the preparation fails
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nanochat_jax.data import workers; workers.serve(*sys.argv[2:])"
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ValueError):
     """A block of text cannot be tokenized by a worker process. The same command goes on from there."""
 
 

@@ -50,6 +50,18 @@ def test_loops_learn_when_to_leave(name):
     assert dense.model.loop.gate == "none" and dense.train.loss == (("next_token", 1.0),)
 
 
+MIX = {"config_a": (40, 30, 20, 10), "config_b": (50, 30, 15, 5), "config_c": (45, 35, 15, 5)}
+
+
+@pytest.mark.parametrize("name", MIX)
+def test_published_mixtures(name):
+    mix = cli.get_config(name).data.mix
+    assert [part for part, *_ in mix] == ["quality", "verified", "synthetic", "docs"]
+    assert tuple(round(100 * weight) for *_, weight in mix) == MIX[name]
+    other = cli.get_config(name, **{"data.mix": (), "data.source": "rust"})
+    assert other.data.source == "rust" and not other.data.mix
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_are_those_of_the_names(name):
     counts = transformer.counts(cli.get_config(f"{name}:loop").model)
