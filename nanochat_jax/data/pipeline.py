@@ -175,15 +175,22 @@ def batches(
         order = ids.order
         options |= {"priority": lambda k: order[samples.place(k)], "reach": cfg.pool.delay}
     elif cfg.pool.replay:
-        elements = _Reordered(samples, _Replayed(Path(cfg.pool.replay)))
+        elements = _Reordered(samples, _Replayed(_own(Path(cfg.pool.replay), shard)))
     elif cfg.pool.order == "completion":
         if journal is None:
             raise ValueError("completion order needs a journal to be resumed from")
+        journal = _own(journal, shard)
         options |= {"completion": True, "max_late": cfg.pool.max_late, "journal": journal}
         state = pool.state_at(journal, start * samples.size, cfg.pool.max_late, options["window"])
     prepared = pool.Pool(elements, cfg.workers, **options).batch(samples.size, batch_fn=_stack)
     ahead = grain.experimental.ThreadPrefetchIterDataset(prepared, prefetch_buffer_size=cfg.prefetch)
     return Batches(ahead, state)
+
+
+def _own(journal: Path, shard: tuple[int, int]) -> Path:
+    """The file of one host: data_order.bin, or data_order.0-of-2.bin."""
+    index, count = shard
+    return journal if count == 1 else journal.with_name(f"{journal.stem}.{index}-of-{count}{journal.suffix}")
 
 
 class _Replayed:

@@ -1,7 +1,7 @@
 """Train: python -m nanochat_jax.train --config=configs/tiny.py"""
 
 from nanochat_jax import cli
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, ConfigError
 
 FLAGS = {
     "resume": cli.Flag("auto", "continue the run in the workdir", ("auto", "never", "must")),
@@ -14,6 +14,10 @@ FLAGS = {
 def main(cfg: Config, call: cli.Invocation) -> int:
     """Check, compose, run."""
     if call.verify_resume:
+        if cfg.data.pool.order == "completion" and not cfg.data.pool.replay:
+            raise ConfigError(
+                "--verify_resume compares bits, and data.pool.order = 'completion' has another order every time"
+            )
         cli.setup_runtime(cfg)
         from nanochat_jax.train import verify
 

@@ -343,6 +343,19 @@ def test_completion_order_resumes_and_replays(corpus, tmp_path):
         batches(cfg, corpus, 1)
 
 
+def test_each_host_has_its_journal(corpus, tmp_path):
+    cfg = config(order="completion", window=6, max_late=9)
+    parts = [batches(cfg, corpus, 10, 0, (index, 2), journal=tmp_path / "o.bin") for index in (0, 1)]
+    names = [f"o.{index}-of-2.bin" for index in (0, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    strict = [rows(batches(config(), corpus, 30, 0, (index, 2))) for index in (0, 1)]
+    again = config(order="completion", window=6, replay=str(tmp_path / "o.bin"))
+    for index in (0, 1):
+        order = pool.read_journal(tmp_path / names[index], 0, 20)
+        assert [strict[index][i] for i in order] == rows(parts[index])
+        assert rows(batches(again, corpus, 10, 0, (index, 2))) == rows(parts[index])
+
+
 def test_stages_are_applied_in_strict_order_too(corpus):
     double = lambda row: row | {"tokens": 2 * row["tokens"]}  # noqa: E731
     for made, plain in zip(
