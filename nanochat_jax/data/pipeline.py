@@ -163,11 +163,11 @@ def batches(
     ids, rows = _order(cfg, corpus, seed, costs)
     samples = _Samples(ids, rows, cfg.batch, index, count)
     if cfg.pool.order == "strict" and not stages:
-        options = grain.ReadOptions(
+        reading = grain.ReadOptions(
             num_threads=cfg.workers, prefetch_buffer_size=cfg.prefetch if cfg.workers else 0
         )
         source = grain.MapDataset.source(_Steps(samples))
-        return Batches(source.to_iter_dataset(options), {"next_index": start})
+        return Batches(source.to_iter_dataset(reading), {"next_index": start})
     options: dict[str, Any] = {"stages": stages, "window": max(cfg.pool.window, samples.size)}
     state: dict[str, Any] = {"next_index": start * samples.size}
     elements: Any = samples
