@@ -38,8 +38,9 @@ class LoopConfig:
     norm: bool = False  # RMS-normalize the stream after every loop but the last
     before: int = 0  # further layers, with weights of their own, before the loops
     after: int = 0  # and after them
-    inject: str = "none"  # add = what entered the first loop is added to the stream before every other one
+    inject: str = "none"  # what entered the first loop joins the stream before every other: add | linear
     gate: str = "none"  # learned exit: none | shared (one bias, halving) | per_loop (a bias each, uniform)
+    readout: str = "all"  # loops whose predictions the loss term "exit" reads: all | sampled (one of them)
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,14 @@ class MtpConfig:
 class FilterConfig:
     """Token filtering in the backward pass (model/collider.py, arXiv:2502.00340).
 
-    "random" and "loss" are controls: they save time, and only "excess" is known to help learning.
+    "random", "loss" and "ema" are controls: they save time, and only "excess" is known to help learning.
     """
 
     keep: float = 1.0  # share of each row's tokens that the backward pass sees; 1 = all
-    score: str = "excess"  # excess (of data.reference) | loss | middle (of the losses) | random
+    score: str = "excess"  # excess (of data.reference) | ema | loss | middle (of the losses) | random
     trim: float = 0.0  # share of a row's highest scores that are dropped first
+    decay: float = 0.99  # ema: of the running averages of each token id's loss, which are the reference
+    warmup: int = 0  # first steps, which learn from all tokens: early losses rank nothing
 
 
 @dataclass(frozen=True)
@@ -327,6 +330,7 @@ class InferConfig:
     top_k: int = 50  # 0 = all
     top_p: float = 1.0
     exit_quantile: float = 1.0  # a token leaves the loops at this share of its exit distribution; 1 = never
+    loop_cache: str = "all"  # keys and values that later tokens find: of all loops | of the last one only
     capacity: int = 1024  # slots of the key/value cache: prompt and answer together
     weights: str = "full"  # full | packed: ternary matrices at 2 bits per weight
     impl: str = "auto"  # of the packed product: auto | pallas (GPU) | reference (plain XLA)

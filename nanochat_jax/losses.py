@@ -18,7 +18,9 @@ prediction of a token by the probability p_r of leaving there, and p learns from
 
     exit  sum_r p_r nll_r       exit_entropy  H(p), a bonus      gate  the second stage, for the gate alone
 
-It replaces next_token, whose metric stays the plain cross-entropy after the last loop.
+It replaces next_token, whose metric stays the plain cross-entropy after the last loop. Reading R predictions
+costs R heads. With model.loop.readout = "sampled" a step reads one loop r at random, and R p_r nll_r, whose
+mean over r is the sum, stands for it; the term next_token can be added to learn from the last loop always.
 
 A term's weight is a number, or points (step, weight) with straight lines between them and the first and
 last weight outside: ("mtp", ((0, 0.2), (1000, 0.2), (1500, 0.0))) fades the term out. Numbers are constants
@@ -30,12 +32,14 @@ that microbatches and shards add up to exactly the large batch.
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.config import ModelConfig, Weight
+from nanochat_jax.config import ModelConfig, Weight, padded_vocab
 from nanochat_jax.model import collider, loop, mtp, transformer
+from nanochat_jax.params import fold_name
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Batch, Key, Metrics, Params
 
@@ -52,6 +56,7 @@ TERMS: dict[str, tuple[str, float]] = {
 }
 STATISTICS: tuple[str, ...] = ("nll", "z", "entropy")
 EXITS: tuple[str, ...] = ("exit", "exit_entropy", "gate")
+SEEN = "filter/seen"
 
 # loss_fn(params, batch, key, step = 0) -> (loss, metrics); the step is read by scheduled weights
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
@@ -80,18 +85,22 @@ def _counts(coefficient: float | jax.Array) -> bool:
     return not isinstance(coefficient, float) or coefficient != 0
 
 
-def make_loss(cfg: ModelConfig, terms: Terms, chunk: int = 512, whole: transformer.Whole = None) -> LossFn:
+def make_loss(
+    cfg: ModelConfig, terms: Terms, chunk: int = 512, whole: transformer.Whole = None, first: bool = False
+) -> LossFn:
     """Build loss_fn(params, batch, key, step = 0) -> (scalar, metrics).
 
     Args: terms: (name in TERMS, weight or its points). chunk: tokens whose logits exist at once.
     step: int32 [] or a number, updates done so far; only scheduled weights read it.
-    whole: see `transformer.forward`.
+    whole: see `transformer.forward`. first: the loss of the first model.filter.warmup steps: that of all
+    tokens, with the metrics of the filtered one.
     The loss is the sum over tokens of batch.weights * sum_i weight_i * term_i. Metrics hold each
     term's own weighted sum as "loss/<name>", and "loss/entropy". The term "mtp" is weighted by
     batch.future (computed from this batch if it is None, see `make_prepare`); its metrics are nats per
     token: "loss/mtp_<i>" of each offset, and their mean weighted by decay^(i-1) as "loss/mtp".
     With model.filter the loss is that of the kept tokens (model/collider.py); the metrics of terms stay
-    sums over all tokens, but for "mtp", and those of `collider.metrics` join them. With the terms of the
+    sums over all tokens, but for "mtp", and those of `collider.metrics` join them; for the score "ema" also
+    `collider.seen` as SEEN, which is not for people (the train step takes it out). With the terms of the
     exit gate there are also "loss/loop_<r>", the plain nll after each loop, and `loop.metrics`. The term
     "gate" lets nothing but the gate learn. Scheduled weights are metrics as "loss/weight_<name>".
     Raises: ValueError for the term "mtp" at depth 0, for those of the gate without one, and for those of
@@ -102,7 +111,8 @@ def make_loss(cfg: ModelConfig, terms: Terms, chunk: int = 512, whole: transform
     used = {TERMS[name][0] for name, weight in terms if weight}
     if "future" in used and not cfg.mtp.depth:
         raise ValueError("the loss term 'mtp' needs model.mtp.depth of at least 1")
-    exiting = bool(used & set(EXITS))
+    filtering = cfg.filter.keep < 1 and not first
+    exiting, sampled = bool(used & set(EXITS)), cfg.loop.readout == "sampled"
     if exiting and cfg.loop.gate == "none":
         raise ValueError(
             "the loss terms 'exit', 'exit_entropy' and 'gate' need an exit gate, model.loop.gate"
@@ -121,19 +131,21 @@ def make_loss(cfg: ModelConfig, terms: Terms, chunk: int = 512, whole: transform
         if "gate" in used:
             params = _only_gate(params)
         over, rider = functools.partial(_over_tokens, cfg, chunk, coefficients), None
-        if cfg.filter.keep < 1:
+        if filtering:
             B, L = batch.tokens.shape
             rider = collider.passenger(B, collider.kept_count(cfg.filter, L))
+        only = _sampled_loop(key, cfg.loop.count) if exiting and sampled else None
         output = transformer.forward(
-            cfg, drawing, params, batch, each_loop=exiting, passenger=rider, whole=whole
+            cfg, drawing, params, batch, each_loop=exiting, only=only, passenger=rider, whole=whole
         )
         head = transformer.head(cfg, params)
         total, metrics, filtered, hidden = jnp.zeros((), jnp.float32), {}, {}, output.hidden
         if exiting:
-            total, metrics = _exit_loss(cfg, chunk, exits, params, output, batch)
-        if used & set(STATISTICS) or not exiting:
+            total, metrics = _exit_loss(cfg, chunk, exits, params, output, batch, only)
+        if used & set(STATISTICS) or not exiting or sampled:
             if rider is None:
                 main, sums = over(output.hidden, head, batch.targets, batch.weights)
+                filtered = _all_kept(cfg, chunk, output, head, batch, sums) if first else {}
             else:
                 main, sums, filtered, index_Bk = _filtered_loss(cfg, chunk, over, output, head, batch, key)
                 if "future" in used:
@@ -162,7 +174,20 @@ def _filtered_loss(cfg, chunk, over, output, head, batch, key):
     total, _ = over(hidden_BkD, head, targets_Bk, collider.kept_weights(batch.weights, index_Bk))
     sums = {name: jnp.sum(batch.weights * value) for name, value in each.items()}
     metrics = collider.metrics(each["nll"], batch.weights, index_Bk)
+    if cfg.filter.score == "ema":
+        metrics[SEEN] = collider.seen(each["nll"], batch.targets, batch.weights, padded_vocab(cfg))
     return collider.inject(total, output.ridden, index_Bk), sums, metrics, index_Bk
+
+
+def _all_kept(cfg, chunk, output, head, batch, sums):
+    """The metrics of a filter that keeps everything."""
+    metrics = {"filter/kept_nll": sums["nll"], "filter/dropped_nll": jnp.zeros((), jnp.float32)}
+    metrics["filter/kept_share"] = jnp.sum(batch.weights)
+    if cfg.filter.score == "ema":
+        fixed = jax.lax.stop_gradient((output.hidden, head))
+        nll = _token_statistics(cfg, chunk, *fixed, batch.targets)["nll"]
+        metrics[SEEN] = collider.seen(nll, batch.targets, batch.weights, padded_vocab(cfg))
+    return metrics
 
 
 def make_prepare(cfg: ModelConfig) -> Callable[[Batch], Batch]:
@@ -200,16 +225,25 @@ def _only_gate(params: Params) -> Params:
     return frozen | {"loop": frozen["loop"] | {"gate": params["loop"]["gate"]}}
 
 
-def _exit_loss(cfg, chunk, coefficients, params, output, batch):
-    """The terms of the exit gate, weighted, and their metrics."""
+def _sampled_loop(key: Key, loops: int) -> jax.Array:
+    """The loop that this step reads out, int32 [], from 0 on."""
+    return jax.random.randint(fold_name(key, "exit"), (), 0, loops)
+
+
+def _exit_loss(cfg, chunk, coefficients, params, output, batch, only):
+    """The terms of the exit gate, weighted, and their metrics; of one loop for all unless `only` is None."""
     log_p_RBL = loop.exit_log_probs(output.exits)
-    weights_RBL = batch.weights[None] * jnp.exp(log_p_RBL)
+    p_RBL = jnp.exp(log_p_RBL)
+    weights_RBL = batch.weights[None] * (p_RBL if only is None else cfg.loop.count * p_RBL[only][None])
     targets_RBL = jnp.broadcast_to(batch.targets, weights_RBL.shape)
     expected, each = weighted_nll(  # type: ignore[misc]
         cfg, chunk, output.loops, transformer.head(cfg, params), targets_RBL, weights_RBL
     )
     spread = jnp.sum(batch.weights * loop.entropy(log_p_RBL))
     total = coefficients["exit"] * expected + coefficients["exit_entropy"] * spread
+    if only is not None:
+        metrics = {"loss/exit": expected, "loss/exit_entropy": spread}
+        return total, metrics | loop.metrics(log_p_RBL, batch.weights)
     sums_R = jnp.sum(batch.weights[None] * each["nll"], (1, 2))
     metrics = {f"loss/loop_{r + 1}": sums_R[r] for r in range(cfg.loop.count)}
     metrics |= {"loss/next_token": sums_R[-1], "loss/entropy": jnp.sum(batch.weights * each["entropy"][-1])}
@@ -221,11 +255,14 @@ def _exit_loss(cfg, chunk, coefficients, params, output, batch):
 
 
 def make_token_nll(
-    cfg: ModelConfig, chunk: int = 512, each_loop: bool = False
-) -> Callable[[Params, Batch], jax.Array]:
+    cfg: ModelConfig, chunk: int = 512, each_loop: bool = False, quantile: float | None = None
+) -> Callable[[Params, Batch], Any]:
     """Build nll_fn(params, batch) -> float32 [B, L], the plain cross-entropy in nats per target.
 
     each_loop: float32 [R, B, L] instead, after each number of loops; the last is the former.
+    quantile: with each_loop and an exit gate, (that, int32 [B, L]: the loop, from 1 on, after which the token
+    leaves at this quantile of its exit distribution). The tokens that it sees have run through all loops,
+    while in decoding they may have left earlier themselves.
     """
     project = projections.from_config(cfg)
 
@@ -236,7 +273,8 @@ def make_token_nll(
         def of(hidden_BLD):
             return _token_statistics(cfg, chunk, hidden_BLD, head, batch.targets)["nll"]
 
-        return jax.lax.map(of, output.loops) if each_loop else of(output.hidden)
+        nll = jax.lax.map(of, output.loops) if each_loop else of(output.hidden)
+        return nll if quantile is None else (nll, loop.exit_loop(output.exits, quantile))
 
     return nll_fn
 

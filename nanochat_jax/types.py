@@ -47,11 +47,12 @@ class TrainState:
 class KVCache:
     """Keys and values of earlier tokens. R loops, N layers, B rows, T slots, G heads, K width.
 
-    Every loop has its own: the same layer sees other inputs in another loop.
+    Every loop has its own: the same layer sees other inputs in another loop. With one entry for all loops
+    later tokens find the last loop's (infer.loop_cache = "last").
     """
 
-    k: jax.Array  # [R, N, B, T, G, K]
-    v: jax.Array  # [R, N, B, T, G, K]
+    k: jax.Array  # [R or 1, N, B, T, G, K]
+    v: jax.Array  # the same
     length: jax.Array  # int32 [B]: slots in use per row
     # of the layers outside the loops: "before" and "after", where there are any, (k, v) [n, B, T, G, K]
     outside: dict[str, tuple[jax.Array, jax.Array]] = struct.field(default_factory=dict)
@@ -64,7 +65,7 @@ class Output:
     hidden: jax.Array  # [B, L, D], after the last norm, before the head
     cache: KVCache | None
     aux: Metrics
-    # [R, B, L, D], hidden as it would be after r = 1..R loops; only if asked for
+    # [R, B, L, D], hidden as it would be after r = 1..R loops, or [1, B, L, D] of one; only if asked for
     loops: jax.Array | None = None
     # float32 [R, B, L], logits of the exit gate after each loop (model.loop); with `loops`, if there is a gate
     exits: jax.Array | None = None

@@ -37,7 +37,7 @@ TOO_SMALL = {
     "model.mlp_dim": 0, "model.softcap": -0.1, "model.value_embed_every": -1, "model.quant_group": -1,
     "model.unroll": -1, "model.loop.count": 0, "model.loop.before": -1, "model.loop.after": -1,
     "model.mhc.streams": 0, "model.mhc.iterations": 0, "model.mtp.depth": -1, "model.mtp.decay": 0.0,
-    "model.filter.keep": 0.0, "model.filter.trim": -0.1, "model.fp4.hadamard": -1,
+    "model.filter.keep": 0.0, "model.filter.trim": -0.1, "model.filter.warmup": -1, "model.filter.decay": -0.1, "model.fp4.hadamard": -1,
     "model.fp4.outliers": -1.0, "model.fp4.estimator": 0.5, "model.window": (-1,), "model.qk_gain": 0.0,
     "model.rope_theta": 0.0, "model.embed_std": 0.0, "data.seq_len": 1, "data.batch": 0, "data.workers": -1,
     "data.prefetch": 0, "data.max_bytes": -1, "data.tokenize_workers": -1, "data.verify_every_n_examples": -1,
@@ -272,6 +272,29 @@ def test_blocks_resolve(name):
             {"train__loss": (("gate", 1.0),), "model__loop": {"count": 2, "gate": "per_loop"}},
             "never trains the first loop's bias of model.loop.gate = 'per_loop'",
         ),
+        (
+            {"model__loop__readout": "sampled"},
+            "'model.loop.readout' has no effect because model.loop.gate is",
+        ),
+        (
+            {
+                "train__loss": (("gate", 1.0),),
+                "model__loop": {"count": 2, "gate": "shared", "readout": "sampled"},
+            },
+            "'model.loop.readout' has no effect because the term 'gate' in train.loss reads all loops",
+        ),
+        ({"infer__loop_cache": "last"}, "'infer.loop_cache' has no effect because model.loop.count is 1"),
+        ({"infer__loop_cache": "lst"}, "'infer.loop_cache' = 'lst' is unknown. Did you mean 'last'?"),
+        ({"model__filter__warmup": 3}, "'model.filter.warmup' has no effect because model.filter.keep is 1"),
+        (
+            {"model__filter": {"keep": 0.5, "score": "random", "decay": 0.5}},
+            "'model.filter.decay' has no effect because model.filter.score is 'random'",
+        ),
+        (
+            {"model__filter": {"keep": 0.5, "score": "random", "warmup": 300}},
+            "'model.filter.warmup' = 300 must be less than 'train.steps' = 300",
+        ),
+        ({"model__filter": {"keep": 0.5, "score": "emaa"}}, "'model.filter.score' = 'emaa' is unknown"),
         ({"infer__exit_quantile": 0.5}, "'infer.exit_quantile' has no effect because model.loop.gate is"),
         ({"infer__exit_quantile": 1.5}, "'infer.exit_quantile' must be in [0, 1], got 1.5"),
         (
@@ -437,7 +460,10 @@ def test_blocks_resolve(name):
         ({"mesh__data": 16}, "must be a multiple of 'mesh.data * mesh.fsdp' = 16"),
         ({"mesh__reduce_dtype": "bfloat16"}, "no effect because mesh.data and mesh.fsdp are 1"),
         ({"mesh": {"data": 2, "reduce_dtype": "float16"}}, "Did you mean 'bfloat16'?"),
-        ({"mesh": {"data": 2, "tensor": 2, "reduce_dtype": "bfloat16"}}, "mesh.tensor leaves the exchange to"),
+        (
+            {"mesh": {"data": 2, "tensor": 2, "reduce_dtype": "bfloat16"}},
+            "mesh.tensor leaves the exchange to",
+        ),
         ({"mesh__tensor": 7}, "must be a multiple of 'mesh.tensor' = 7"),
         ({"opt__matrix__eps": 1e-3}, "'opt.matrix.eps' has no effect because opt.matrix.name is 'muon'"),
         ({"opt__embed__cautious": True}, "has no effect because opt.embed.weight_decay is 0"),
@@ -516,11 +542,16 @@ STEP = {
     "opt.fire.steps": (3,), "opt.fire.scale": ("fan", {"opt.fire.steps": (3,)}),
     "opt.galore.min_dim": (32, {"opt.galore.rank": 4, "opt.galore.min_dim": 16, "model.mlp_dim": 16}),
 }  # fmt: skip
+STEP["model.loop.readout"] = (
+    "sampled", {"model.loop.count": 3, "model.loop.gate": "shared", "train.loss": (("exit", 1.0),)},
+)  # fmt: skip
 for _key, _value in {"depth": 3, "kind": "parallel", "decay": 0.9}.items():
     _loss = (("next_token", 1.0), ("mtp", 0.2))
     STEP[f"model.mtp.{_key}"] = (_value, {"model.mtp.depth": 2, "train.loss": _loss})
 STEP["model.filter.keep"] = (0.5, {"model.filter.keep": 0.75, "model.filter.score": "random"})
 STEP["model.filter.score"] = ("middle", {"model.filter.keep": 0.5, "model.filter.score": "random"})
+STEP["model.filter.warmup"] = (3, {"model.filter.keep": 0.5, "model.filter.score": "random"})
+STEP["model.filter.decay"] = (0.9, {"model.filter.keep": 0.5, "model.filter.score": "ema"})
 STEP["model.filter.trim"] = (0.2, {"model.filter.keep": 0.5, "data.reference": "losses"})
 for _key, _value in {
     "rank": 8, "update_gap": 100, "scale": 2.0, "method": "exact", "oversampling": 2, "power_iterations": 0,
@@ -568,7 +599,7 @@ ELSEWHERE = {
     "log.max_grad_norm": "test_anomaly",
     "infer.max_tokens": "test_inference", "infer.temperature": "test_inference",
     "infer.top_k": "test_inference", "infer.top_p": "test_inference", "infer.capacity": "test_inference",
-    "infer.exit_quantile": "test_loop",
+    "infer.exit_quantile": "test_loop", "infer.loop_cache": "test_loop",
     "infer.weights": "test_pack", "infer.impl": "test_pack",
 }  # fmt: skip
 # Newton-Schulz settings of groups that cannot be Muon are refused (test_unread_settings_are_refused).

@@ -26,7 +26,8 @@ def bits_per_byte(
 
     Args: eval_step: jitted `train.step.make_eval_step(...)`. token_bytes: int32 [V].
     Returns: "eval/bpb" (bits), "eval/loss" (nats per token), "eval/tokens", "eval/bytes"; with several
-    loops also "eval/bpb_loop_<r>", what leaving every token after loop r would give (R: "eval/bpb").
+    loops also "eval/bpb_loop_<r>", what leaving every token after loop r would give (R: "eval/bpb"); where
+    the eval step knows after which loop each token leaves, "eval/bpb_exit" and "eval/mean_exit" (loops).
     Raises: ValueError if there is nothing to score.
     """
     sizes = jax.numpy.asarray(token_bytes, jax.numpy.int32)
@@ -40,6 +41,11 @@ def bits_per_byte(
     each = {
         f"eval/bpb_loop_{r}": float(n) / math.log(2) / size for r, n in enumerate(np.atleast_1d(loops), 1)
     }
+    if sums and "exit_nats" in sums[0]:
+        left, ran = (
+            float(np.sum([np.float64(s[name]) for s in sums])) for name in ("exit_nats", "exit_loops")
+        )
+        each |= {"eval/bpb_exit": left / math.log(2) / size, "eval/mean_exit": ran / count}
     return (each if np.ndim(loops) else {}) | {
         "eval/bpb": nats / math.log(2) / size,
         "eval/loss": nats / count,

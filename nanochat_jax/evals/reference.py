@@ -1,9 +1,6 @@
 """Losses of every training token under a model, for `data.reference` (Rho-1, arXiv:2404.07965).
 
-cfg = config.resolve(...); corpus = shards.prepare(cfg.data, ...); params = ...
-nll = jax.jit(losses.make_token_nll(cfg.model))
-made = reference.token_losses(nll, params, cfg.data, corpus.train)
-data.reference.write(path, made, cfg.data, corpus)
+python -m nanochat_jax.evals --workdir=<run of the reference model> --config=<the run to come> --reference=<file>
 """
 
 from collections.abc import Callable

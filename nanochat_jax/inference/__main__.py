@@ -14,6 +14,7 @@ FLAGS = {
     "top_k": cli.Flag(-1, "default infer.top_k"),
     "top_p": cli.Flag(-1.0, "default infer.top_p"),
     "exit_quantile": cli.Flag(-1.0, "1 = all loops; default infer.exit_quantile"),
+    "loop_cache": cli.Flag("", "all or last; default infer.loop_cache"),
     "weights": cli.Flag("", "full or packed; default infer.weights"),
     "impl": cli.Flag("", "of the packed product; default infer.impl"),
     "seed": cli.Flag(0, "of the draws"),
@@ -36,7 +37,8 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     from nanochat_jax.inference import load
 
     try:
-        text = load.sampler(cfg, home, settings)
+        ran: list = []
+        text = load.sampler(cfg, home, settings, ran)
         prompt = call.prompt or cfg.eval.prompt
         sys.stdout.write(prompt)
         for piece in text(prompt, call.seed):
@@ -45,6 +47,9 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     except BrokenPipeError:
         return 0
     print()
+    if ran:
+        mean = sum(int(loops[0]) for loops in ran) / len(ran)
+        print(f"{mean:.2f} of {cfg.model.loop.count} loops per token", file=sys.stderr)
     return 0
 
 

@@ -47,18 +47,30 @@ def decode(
     cache: KVCache,
     quantile: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, KVCache]:
+    """`decode_counting` without the count."""
+    return decode_counting(cfg, params, tokens_B, cache, quantile)[:2]
+
+
+def decode_counting(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_B: jax.Array,
+    cache: KVCache,
+    quantile: jax.typing.ArrayLike | None = None,
+) -> tuple[jax.Array, KVCache, jax.Array | None]:
     """Append one token per row.
 
     quantile: leave the loops where the exit distribution reaches it, see `model.loop`; None = all loops.
     A loop is not computed when no row needs it: the batch costs what its deepest row costs.
-    Returns: (float32 logits [B, V] of the next token, cache).
+    Returns: (float32 logits [B, V] of the next token, cache, and with a quantile the loops that each row ran
+    through, int32 [B]).
     """
     output = transformer.forward(
         cfg, projections.from_config(cfg), params, _batch(tokens_B[:, None], cache.length), cache,
         quantile=quantile,
     )  # fmt: skip
     assert output.cache is not None
-    return transformer.logits(cfg, params, output.hidden[:, 0]), output.cache
+    return transformer.logits(cfg, params, output.hidden[:, 0]), output.cache, output.depth
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -69,8 +81,8 @@ def _first(cfg, params, tokens, length, cache, key, temperature, top_k, top_p):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _next(cfg, params, tokens, cache, key, index, quantile, temperature, top_k, top_p):
-    logits, cache = decode(cfg, params, tokens, cache, quantile)
-    return sample(logits, jax.random.fold_in(key, index), temperature, top_k, top_p), cache
+    logits, cache, depth = decode_counting(cfg, params, tokens, cache, quantile)
+    return sample(logits, jax.random.fold_in(key, index), temperature, top_k, top_p), cache, depth
 
 
 def bucket(length: int, capacity: int) -> int:
@@ -79,13 +91,18 @@ def bucket(length: int, capacity: int) -> int:
 
 
 def generate(
-    cfg: ModelConfig, params: Params, prompt: list[int], settings: InferConfig, key: Key
+    cfg: ModelConfig,
+    params: Params,
+    prompt: list[int],
+    settings: InferConfig,
+    key: Key,
+    ran: list[jax.Array] | None = None,
 ) -> Iterator[int]:
     """Yield up to settings.max_tokens ids that continue the prompt, one at a time.
 
     The draw of token i depends on (key, i) only. One token is in flight while the one before it is
     handed out. With settings.exit_quantile below 1 tokens of the answer may leave the loops early; the
-    prompt is always read with all of them.
+    prompt is always read with all of them. ran: receives the loops of each of those tokens, int32 [1].
     Raises: ValueError if the prompt is empty, holds an unknown id, or does not fit with the answer.
     """
     if not prompt or not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
@@ -101,11 +118,13 @@ def generate(
         jnp.float32(settings.temperature), jnp.int32(settings.top_k), jnp.float32(settings.top_p),
     )  # fmt: skip
     quantile = jnp.float32(settings.exit_quantile) if settings.exit_quantile < 1 else None
-    cache = caches.allocate(cfg, 1, settings.capacity)
+    cache = caches.allocate(cfg, 1, settings.capacity, settings.loop_cache)
     length = jnp.array([len(prompt)], jnp.int32)
     token, cache = _first(cfg, params, jnp.asarray(tokens), length, cache, key, *controls)
     for index in range(1, settings.max_tokens):
-        following, cache = _next(cfg, params, token, cache, key, jnp.int32(index), quantile, *controls)
+        following, cache, depth = _next(cfg, params, token, cache, key, jnp.int32(index), quantile, *controls)
+        if ran is not None and depth is not None:
+            ran.append(depth)
         yield int(token[0])
         token = following
     yield int(token[0])

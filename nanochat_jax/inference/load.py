@@ -44,13 +44,15 @@ def pieces(tokenizer: tokenizers.Tokenizer, ids: Iterator[int]) -> Iterator[str]
     yield decoder.decode(b"", final=True)
 
 
-def sampler(cfg: Config, workdir: Path, settings: InferConfig) -> Callable[[str, int], Iterator[str]]:
-    """Build text(prompt, seed) -> pieces of the continuation, from a run's directory."""
+def sampler(
+    cfg: Config, workdir: Path, settings: InferConfig, ran: list[jax.Array] | None = None
+) -> Callable[[str, int], Iterator[str]]:
+    """Build text(prompt, seed) -> pieces of the continuation, from a run's directory. ran: see `generate`."""
     tokenizer = tokenizers.load(workdir / "tokenizer.json")
     params = served(cfg.model, load_params(cfg, workdir), settings)
 
     def text(prompt: str, seed: int) -> Iterator[str]:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        return pieces(tokenizer, engine.generate(cfg.model, params, ids, settings, jax.random.key(seed)))
+        return pieces(tokenizer, engine.generate(cfg.model, params, ids, settings, jax.random.key(seed), ran))
 
     return text

@@ -15,6 +15,10 @@ same `block.layer` on them against the keys and values that the forward pass kep
 that. With a forward pass as 1 and a share r of rows kept this costs 1 + 3r; without filtering 3, or
 4 where layers are recomputed. It is a form of rematerialization: only inputs, keys and values stay.
 
+"excess" compares a token's loss with another model's. "ema" has no other model: it compares with the running
+average of the losses of targets with the same id, so that ids that are always hard are not kept for that
+alone. Unlike a reference it cannot tell noise from what can be learned, and no source reports that it helps.
+
 The choice is known after the last layer and needed by all: `passenger`, zeros [B, k], rides through
 the layers unchanged, and its cotangent carries the indices back, as float32.
 """
@@ -22,10 +26,11 @@ the layers unchanged, and its cotangent carries the indices back, as float32.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from nanochat_jax.config import FilterConfig, ModelConfig
 from nanochat_jax.model import block
@@ -53,19 +58,20 @@ def scores(
 ) -> jax.Array:
     """How much each token is worth learning from, float32 [B, L]; -inf where its weight is 0.
 
-    Args: nll: of each target. reference: of each target under another model, for "excess" (Rho-1).
+    Args: nll: of each target. reference: of each target under another model, for "excess" (Rho-1), or what
+    `recall` puts there for "ema".
     key: for "random".
-    "excess" and "loss" put the share `trim` of a row's highest last, because they are noise as a rule.
+    "excess", "ema" and "loss" put the share `trim` of a row's highest last, because they are noise as a rule.
     "middle" drops as many of the lowest as of the highest losses.
-    Raises: ValueError for "excess" without a reference.
+    Raises: ValueError for "excess" or "ema" without a reference.
     """
     known = weights_BL > 0
     if cfg.score == "random":
         return jnp.where(known, jax.random.uniform(fold_name(key, "filter"), nll_BL.shape), -jnp.inf)
     value = nll_BL
-    if cfg.score == "excess":
+    if cfg.score in ("excess", "ema"):
         if reference_BL is None:
-            raise ValueError("model.filter.score = 'excess' needs batch.reference, a loss per target")
+            raise ValueError(f"model.filter.score = '{cfg.score}' needs batch.reference, a loss per target")
         value = nll_BL - reference_BL.astype(jnp.float32)
     value = jnp.where(known, value, -jnp.inf)
     if cfg.score != "middle" and not cfg.trim:
@@ -127,6 +133,60 @@ def metrics(nll_BL: jax.Array, weights_BL: jax.Array, index_Bk: jax.Array) -> Me
 
     dropped = mean(weights_BL - kept)
     return {"filter/kept_nll": mean(kept), "filter/dropped_nll": dropped, "filter/kept_share": jnp.sum(kept)}
+
+
+# --- running averages
+
+
+class Averages(NamedTuple):
+    """The state of an optimizer that keeps running averages beside its own: see `averaging`."""
+
+    table: jax.Array  # float32 [V], loss of the targets with this id
+    inner: optax.OptState
+
+
+def averaging(
+    tx: optax.GradientTransformation, cfg: FilterConfig, vocab_size: int
+) -> optax.GradientTransformation:
+    """`tx` with a table of the average loss of each target's id in its state; `tx` itself but for "ema".
+
+    Its `update` takes one more argument, seen = (sums, counts), float32 [vocab_size] each (`seen`). An id's
+    average becomes decay * average + (1 - decay) * the batch's mean of its losses, if it occurs and is finite.
+    The averages start at log(vocab_size), the loss of a model that knows nothing.
+    """
+    if cfg.keep == 1 or cfg.score != "ema":
+        return tx
+
+    def init(params: Params) -> Averages:
+        return Averages(jnp.full((vocab_size,), math.log(vocab_size), jnp.float32), tx.init(params))
+
+    def update(updates: Any, state: Averages, params: Params | None = None, *, seen: tuple) -> tuple:
+        sums, counts = seen
+        mean = sums / jnp.maximum(counts, 1.0)
+        moved = cfg.decay * state.table + (1 - cfg.decay) * mean
+        table = jnp.where((counts > 0) & jnp.isfinite(mean), moved, state.table)
+        updates, inner = tx.update(updates, state.inner, params)
+        return updates, Averages(table, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+def recall(state: optax.OptState, targets_BL: jax.Array) -> jax.Array | None:
+    """The average of each target's id before this step, float32 [B, L]; None if `state` holds none."""
+    return state.table[targets_BL] if isinstance(state, Averages) else None
+
+
+def seen(
+    nll_BL: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of the losses, number) of the targets with each id whose weight is not 0, float32 [vocab_size].
+
+    Sums, so that those of microbatches add up.
+    """
+    known, ids = (weights_BL > 0).astype(jnp.float32).reshape(-1), targets_BL.reshape(-1)
+    losses = jnp.where(known > 0, nll_BL.reshape(-1), 0.0)
+    nothing = jnp.zeros((vocab_size,), jnp.float32)
+    return nothing.at[ids].add(losses), nothing.at[ids].add(known)
 
 
 # --- rows

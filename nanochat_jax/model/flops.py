@@ -37,7 +37,7 @@ def parts(cfg: ModelConfig, seq_len: int) -> tuple[float, float]:
         if spec.matmul and stack == "mtp":
             further += math.prod(spec.shape)
         elif spec.matmul:
-            weights += times[stack] * math.prod(spec.shape)
+            weights += (R - 1 if path == "loop/inject" else times[stack]) * math.prod(spec.shape)
     unembedding = math.prod(transformer.param_specs(cfg)["embed"].shape)
     weights += unembedding * readouts * cfg.tied
     further += unembedding * cfg.mtp.depth

@@ -53,8 +53,10 @@ def effective_layers(cfg: ModelConfig) -> int:
 
 
 def readouts(cfg: ModelConfig) -> int:
-    """Times that a training step runs the layers after the loops and the head: with an exit gate, per loop."""
-    return cfg.loop.count if cfg.loop.gate != "none" else 1
+    """Times that a training step runs the layers after the loops and the head: with an exit gate, per loop,
+    or for the last one and a sampled one."""
+    each = cfg.loop.count if cfg.loop.readout == "all" else 2
+    return each if cfg.loop.gate != "none" else 1
 
 
 def trained_layers(cfg: ModelConfig) -> int:
@@ -74,10 +76,14 @@ def layers_text(cfg: ModelConfig) -> str:
 
 
 def param_specs(cfg: ModelConfig) -> dict:
-    """The weights under "loop": norm [D], gate/w [D, 1], gate/b [1] or [R - 1]; {} if there are none."""
+    """The weights under "loop": norm [D], inject [2D, D], gate/w [D, 1], gate/b [1] or [R - 1]; {} if there
+    are none. The injection [stream; what entered] inject starts as none: the stream passes unchanged."""
     c, specs = cfg.loop, {}
     if c.norm and cfg.norm == "weighted":
         specs["norm"] = ParamSpec((cfg.dim,), (None,), constant(1.0))
+    if c.inject == "linear":
+        shape = (2 * cfg.dim, cfg.dim)
+        specs["inject"] = ParamSpec(shape, ("embed", None), lambda key, shape: jnp.eye(*shape), matmul=True)
     if c.gate != "none":
         specs["gate"] = {
             "w": ParamSpec((cfg.dim, 1), (None, None), zeros, matmul=True),

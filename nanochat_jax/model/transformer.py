@@ -141,6 +141,7 @@ def forward(
     batch: Batch,
     cache: KVCache | None = None,
     each_loop: bool = False,
+    only: jax.Array | None = None,
     quantile: jax.typing.ArrayLike | None = None,
     passenger: jax.Array | None = None,
     whole: Whole = None,
@@ -150,7 +151,8 @@ def forward(
     Args: batch: rows [B, L]; only tokens, segments and positions are read, and weights for aux.
     cache: if given, the L tokens follow the `cache.length[b]` tokens of row b, and segments are ignored.
     each_loop: without a cache, also return what the model with r loops gives, for every r, and the
-    logits of the exit gate. quantile: with a cache and L = 1, a row leaves the loops when its exit
+    logits of the exit gate. only: int32 [], from 0 on: of the loops read out that one alone ([1, B, L, D]).
+    quantile: with a cache and L = 1, a row leaves the loops when its exit
     distribution reaches this share (`model.loop.leaves`); None = all loops.
     passenger: if given, the backward pass sees the kept rows only (model/collider.py). whole: makes the
     weights of one layer of a stack whole where devices hold parts of them (`parallel.whole_layer`).
@@ -200,6 +202,8 @@ def forward(
             x = mhc.rms_norm(cfg.mhc, x, params.get("loop", {}).get("norm"), cfg.norm_eps)
         if cfg.loop.inject == "add":
             x = x + entered
+        if cfg.loop.inject == "linear":
+            x = project("loop/inject", jnp.concatenate([x, entered], -1), params["loop"]["inject"])
         carry = loop.where_later(r, (x, *rest), first)
         return stack("blocks", carry, cfg.loop.before + r * cfg.layers, kv)
 
@@ -211,16 +215,19 @@ def forward(
         return rms_norm(mhc.collapse(cfg.mhc, x), params.get("norm"), cfg.norm_eps)
 
     carry, before = outside("before", (x, watch), 0)
-    entered = carry[0]
+    entered = picked = carry[0]
+    last_only = cache is not None and cache.k.shape[0] < R  # one loop's slots: each loop writes them anew
     entries, hidden, exits, leaving, after = [], [], [], None, {}
 
     def scanned(carries: tuple, r: jax.Array) -> tuple:
-        """Loop r of a scan: (the streams behind it, those behind the last layer), what each_loop asks for."""
+        """Loop r of a scan: (the streams behind it, those that are read out), what each_loop asks for."""
         carry, _ = once(r, carries[0], None)
         if not each_loop:
             return (carry, carry), ()
-        ended, _ = ending(r, carry)
         logits = loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1) if cfg.loop.gate != "none" else ()
+        if only is not None:
+            return (carry, (jnp.where(only == r, carry[0], carries[1][0]), *carry[1:])), ((), logits)
+        ended, _ = ending(r, carry)
         return (carry, ended), (readout(ended[0]), logits)
 
     # The transpose of a scan adds the loops' gradients into one set, one after the other. Of loops written
@@ -229,35 +236,39 @@ def forward(
     scans = cache is None and R > 2 and layer_unroll(cfg) < cfg.layers
     if scans:
         (carry, ended), found = jax.lax.scan(scanned, (carry, carry), jnp.arange(R))
-        carry = ended if each_loop else ending(R - 1, carry)[0]
+        picked, carry = ended[0], ended if each_loop and only is None else ending(R - 1, carry)[0]
         if each_loop:
             hidden, exits = list(found[0][:-1]), list(found[1])
     for r in range(0 if scans else R):
-        kv = None if cache is None else (cache.k[r], cache.v[r])
+        kv = None if cache is None else entries[-1] if r and last_only else (cache.k[r], cache.v[r])
         if leaving is None or kv is None:
             carry, written = once(r, carry, kv)
         else:
             carry, written = loop.unless_left(leaving, functools.partial(once, r), carry, kv, entries[-1])
         entries.append(written)
         if each_loop:
-            if r + 1 < R:
+            if only is not None:
+                picked = jnp.where(only == r, carry[0], picked)
+            elif r + 1 < R:
                 hidden.append(readout(ending(r, carry)[0][0]))
             if cfg.loop.gate != "none":
                 exits.append(loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1))
         if quantile is not None and cache is not None and r + 1 < R:
             logit_B = loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1)[:, 0]
             leaving = loop.leave(leaving, logit_B, quantile, cache.length)
+    if only is not None:
+        hidden.append(readout(ending(only, (picked, *carry[1:]))[0][0]))
     if not scans:
         carry, after = ending(R - 1, carry)
     if cache is not None:
-        k, v = (jnp.stack([entry[i] for entry in entries]) for i in (0, 1))
+        k, v = (jnp.stack([entry[i] for entry in entries[-len(cache.k) :]]) for i in (0, 1))
         cache = KVCache(k, v, cache.length + batch.tokens.shape[1], before | after)
     x, watch = carry
     watch, ridden = (watch, None) if passenger is None else watch  # type: ignore[misc]
     aux, last = mhc.metrics(watch, x, batch.weights), readout(x)
     return Output(
         last, cache, aux, ridden=ridden,
-        loops=jnp.stack([*hidden, last]) if each_loop else None,
+        loops=jnp.stack(hidden if only is not None else [*hidden, last]) if each_loop else None,
         exits=jnp.stack(exits) if exits else None,
         depth=None if leaving is None else leaving.depth,
     )  # fmt: skip

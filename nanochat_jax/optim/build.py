@@ -49,7 +49,7 @@ OUTER: dict[str, Callable[[optax.GradientTransformation, OptConfig], optax.Gradi
 
 # (regex on the whole path, group); the first match wins.
 LABEL_RULES = (
-    (r"(blocks|before|after|mtp)/(attn|mlp)/(q|k|v|o|gate|up|down)|mtp/join", "matrix"),
+    (r"(blocks|before|after|mtp)/(attn|mlp)/(q|k|v|o|gate|up|down)|mtp/join|loop/inject", "matrix"),
     (r"embed|value/embed", "embed"),
     (r"head", "head"),
     (r".*", "scalar"),

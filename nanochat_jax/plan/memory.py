@@ -27,7 +27,15 @@ from jax.sharding import AbstractMesh, AxisType
 
 from nanochat_jax import losses, optim, parallel
 from nanochat_jax import params as params_lib
-from nanochat_jax.config import Config, MeshConfig, ModelConfig, OptConfig, layer_period, padded_vocab
+from nanochat_jax.config import (
+    Config,
+    FilterConfig,
+    MeshConfig,
+    ModelConfig,
+    OptConfig,
+    layer_period,
+    padded_vocab,
+)
 from nanochat_jax.kernels.attention import QUERY_BLOCK
 from nanochat_jax.model import collider, loop, transformer
 from nanochat_jax.model.layers import MLPS
@@ -79,6 +87,10 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
     Raises: ValueError if a weight does not divide over the mesh.
     """
     m, t = cfg.model, cfg.train
+    if m.filter.warmup:  # the step holds both programs and runs one: the larger counts
+        filters = FilterConfig(), dataclasses.replace(m.filter, warmup=0)
+        both = [dataclasses.replace(cfg, model=dataclasses.replace(m, filter=f)) for f in filters]
+        return max((predict(one, platform) for one in both), key=lambda memory: memory.peak)
     sizes = weight_bytes(m, cfg.mesh)
     optimizer = state_bytes(cfg.opt, m, cfg.mesh, t.steps)
     total, blocks = sum(sizes.values()), sum(b for p, b in sizes.items() if p.startswith("blocks/"))

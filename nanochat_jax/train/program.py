@@ -23,7 +23,7 @@ from nanochat_jax.config import Config, ConfigError, InferConfig, padded_vocab
 from nanochat_jax.data import mixture, pipeline, shards
 from nanochat_jax.evals import loss as eval_loss
 from nanochat_jax.inference import engine, load
-from nanochat_jax.model import flops, transformer
+from nanochat_jax.model import collider, flops, transformer
 from nanochat_jax.model import loop as model_loop
 from nanochat_jax.quant import project as projections
 from nanochat_jax.quant import ternary
@@ -80,7 +80,8 @@ class Parts:
         whole = parallel.whole_layer(self.mesh, self.specs, cfg.mesh.reduce_dtype)
         self.loss_fn = losses.make_loss(cfg.model, cfg.train.loss, cfg.train.loss_chunk, whole)
         spread = parallel.over_layers(self.mesh)
-        self.tx, self.schedules = optim.build(cfg.opt, cfg.train.steps, factor, start, spread, cfg.seed)
+        tx, self.schedules = optim.build(cfg.opt, cfg.train.steps, factor, start, spread, cfg.seed)
+        self.tx = collider.averaging(tx, cfg.model.filter, padded_vocab(cfg.model))
         self.init = lambda key: steps.new_state(params_lib.init_params(self.specs, key), self.tx)
         self.shapes = jax.eval_shape(self.init, jax.random.key(0))
         self.layout = parallel.state_shardings(self.shapes, self.specs, self.mesh)
@@ -89,14 +90,19 @@ class Parts:
         )
         prepare = losses.make_prepare(cfg.model)
         over_rows = parallel.over_rows(self.mesh, self.specs, cfg.mesh.reduce_dtype)
+        first = None
+        if n := cfg.model.filter.warmup:
+            made = losses.make_loss(cfg.model, cfg.train.loss, cfg.train.loss_chunk, whole, first=True)
+            first = n, made
         step = steps.make_train_step(
-            self.loss_fn, self.tx, cfg.seed, cfg.train.microbatches, prepare, over_rows
+            self.loss_fn, self.tx, cfg.seed, cfg.train.microbatches, prepare, over_rows, first
         )
         rows, everywhere = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
         self.step = jax.jit(
             step, donate_argnums=0, in_shardings=(self.layout, rows), out_shardings=(self.layout, everywhere)
         )
-        nll = losses.make_token_nll(cfg.model, cfg.train.loss_chunk, each_loop=cfg.model.loop.count > 1)
+        quantile = cfg.infer.exit_quantile if cfg.infer.exit_quantile < 1 else None
+        nll = losses.make_token_nll(cfg.model, cfg.train.loss_chunk, cfg.model.loop.count > 1, quantile)
         self.eval_step = jax.jit(
             steps.make_eval_step(nll), in_shardings=(self.layout.params, rows, None), out_shardings=everywhere
         )
@@ -369,6 +375,7 @@ def _sampler(
     settings = InferConfig(
         max_tokens=length, temperature=cfg.infer.temperature, top_k=cfg.infer.top_k, top_p=cfg.infer.top_p,
         capacity=max(cfg.infer.capacity, len(prompt) + length), exit_quantile=cfg.infer.exit_quantile,
+        loop_cache=cfg.infer.loop_cache,
     )  # fmt: skip
 
     everywhere = jax.jit(lambda params: params, out_shardings=parallel.replicated(parts.mesh))

@@ -3,13 +3,15 @@ arrives as `loss_fn` and `tx`."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from nanochat_jax import optim
-from nanochat_jax.losses import LossFn
+from nanochat_jax.losses import SEEN, LossFn
+from nanochat_jax.model import collider
 from nanochat_jax.types import Batch, Metrics, Params, TrainState
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -32,6 +34,7 @@ def make_train_step(
     microbatches: int = 1,
     prepare: Callable[[Batch], Batch] = lambda batch: batch,
     over_rows: Callable[[Callable], Callable] = lambda gradient: gradient,
+    first: tuple[int, LossFn] | None = None,
 ) -> StepFn:
     """Build step(state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -40,15 +43,24 @@ def make_train_step(
     gradients add up to those of the whole batch, because weights are normalized before the cut.
     `prepare` adds what else the loss needs of the whole normalized batch (`losses.make_prepare`).
     `over_rows` adds up what the devices' rows give (`parallel.over_rows`), after all microbatches.
+    `first` = (n, loss): the first n steps have this loss instead, with the same metrics. The program holds
+    both and runs one.
+    An optimizer that keeps `collider.Averages` lends them to the loss and is told what the loss has seen.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient = jax.value_and_grad(functools.partial(loss_fn, step=state.step), has_aux=True)
+        if first is not None:
+            early = jax.value_and_grad(functools.partial(first[1], step=state.step), has_aux=True)
+            gradient = functools.partial(jax.lax.cond, state.step < first[0], early, gradient)
         whole = prepare(normalize(batch))
+        averages = collider.recall(state.opt_state, whole.targets)
+        whole = whole if averages is None else whole.replace(reference=averages)  # type: ignore[attr-defined]
         accumulate = over_rows(functools.partial(_accumulate, gradient, microbatches))
         (loss, metrics), grads = accumulate(state.params, whole, key)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        told = {"seen": metrics.pop(SEEN)} if SEEN in metrics else {}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **told)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
             "loss/total": loss,
@@ -81,11 +93,12 @@ def _accumulate(gradient, microbatches: int, params: Params, batch: Batch, key: 
     return jax.lax.scan(body, zeros, (jnp.arange(microbatches), pieces))[0]
 
 
-def make_eval_step(nll_fn: Callable[[Params, Batch], jax.Array]):
+def make_eval_step(nll_fn: Callable[[Params, Batch], Any]):
     """Build eval_step(params, batch, token_bytes) -> {"nats", "bytes", "tokens"}, sums over the batch.
 
     Where nll_fn gives [R, B, L] and not [B, L] (`losses.make_token_nll` of each loop), "nats" is that of
-    the last loop, and "loop_nats" [R] that of each.
+    the last loop, and "loop_nats" [R] that of each. Where it gives the loop after which each token leaves as
+    well, "exit_nats" is what that gives, and "exit_loops" the sum of those loops.
     token_bytes: int32 [V], raw bytes of each token, 0 for special tokens, whose predictions are
     left out of the sums, as are targets of weight 0.
     """
@@ -93,8 +106,13 @@ def make_eval_step(nll_fn: Callable[[Params, Batch], jax.Array]):
     def eval_step(params: Params, batch: Batch, token_bytes: jax.Array) -> Metrics:
         sizes = token_bytes[batch.targets]
         counted = (batch.weights > 0) & (sizes > 0)
-        nll = nll_fn(params, batch)
+        found = nll_fn(params, batch)
+        nll, left = found if isinstance(found, tuple) else (found, None)
         last, each = (nll, {}) if nll.ndim == 2 else (nll[-1], {"loop_nats": _over_rows(nll, counted)})
+        if left is not None:
+            leaving = jnp.take_along_axis(nll, left[None] - 1, 0)[0]
+            each["exit_nats"] = jnp.sum(jnp.where(counted, leaving, 0.0))
+            each["exit_loops"] = jnp.sum(jnp.where(counted, left, 0))
         return each | {
             "nats": jnp.sum(jnp.where(counted, last, 0.0)),
             "bytes": jnp.sum(jnp.where(counted, sizes, 0)),

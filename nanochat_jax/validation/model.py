@@ -67,10 +67,13 @@ def _validate_loop(c: LoopConfig) -> None:
     at_least("model.loop.count", c.count, 1)
     at_least("model.loop.before", c.before, 0)
     at_least("model.loop.after", c.after, 0)
-    choice("model.loop.inject", c.inject, ("none", "add"))
+    choice("model.loop.inject", c.inject, ("none", "add", "linear"))
     choice("model.loop.gate", c.gate, ("none", "shared", "per_loop"))
+    choice("model.loop.readout", c.readout, ("all", "sampled"))
     if c.count == 1:
         unused("model.loop", c, "model.loop.count is 1", ("norm", "inject", "gate"))
+    if c.gate == "none":
+        unused("model.loop", c, "model.loop.gate is 'none'", ("readout",))
 
 
 def _validate_mhc(c: MhcConfig) -> None:
@@ -158,12 +161,17 @@ def _validate_mtp(p: MtpConfig) -> None:
 def _validate_filter(f: FilterConfig, m: ModelConfig) -> None:
     if not 0 < f.keep <= 1:
         raise ConfigError(f"'model.filter.keep' must be in (0, 1], got {f.keep}")
-    choice("model.filter.score", f.score, ("excess", "loss", "middle", "random"))
+    choice("model.filter.score", f.score, ("excess", "ema", "loss", "middle", "random"))
+    at_least("model.filter.warmup", f.warmup, 0)
+    if not 0 <= f.decay < 1:
+        raise ConfigError(f"'model.filter.decay' must be in [0, 1), got {f.decay}")
     if not 0 <= f.trim < 1:
         raise ConfigError(f"'model.filter.trim' must be in [0, 1), got {f.trim}")
     if f.keep == 1:
-        unused("model.filter", f, "model.filter.keep is 1", ("score", "trim"))
+        unused("model.filter", f, "model.filter.keep is 1", ("score", "trim", "decay", "warmup"))
         return
+    if f.score != "ema":
+        unused("model.filter", f, f"model.filter.score is '{f.score}'", ("decay",))
     if f.score in ("middle", "random"):
         unused("model.filter", f, f"model.filter.score is '{f.score}'", ("trim",))
     if f.keep + f.trim > 1:

@@ -55,6 +55,13 @@ def _validate_points(name: str, points: tuple[tuple[int, float], ...], steps: in
         )
 
 
+def _validate_warmup(c: Config) -> None:
+    if c.model.filter.warmup >= c.train.steps:
+        raise ConfigError(
+            f"'model.filter.warmup' = {c.model.filter.warmup} must be less than 'train.steps' = {c.train.steps}"
+        )
+
+
 def _validate_loss(c: Config) -> None:
     """Terms are known, and the model's further tokens and their term come together."""
     loss, depth = c.train.loss, c.model.mtp.depth
@@ -101,6 +108,8 @@ def _validate_exit_loss(c: Config) -> None:
             raise ConfigError(
                 f"'train.loss' has the term 'gate', which freezes all other weights, but '{key}' would change them"
             )
+    if "gate" in loss:
+        unused("model.loop", c.model.loop, "the term 'gate' in train.loss reads all loops", ("readout",))
     if "gate" in loss and gate == "per_loop":
         raise ConfigError(
             "'train.loss' has the term 'gate', which never trains the first loop's bias of "
@@ -126,6 +135,7 @@ def validate_run(c: Config) -> None:
     divides("data.batch", c.data.batch, "train.microbatches", t.microbatches)
     _validate_loss(c)
     _validate_reference(c)
+    _validate_warmup(c)
     k = c.ckpt
     at_least("ckpt.every_steps", k.every_steps, 0)
     at_least("ckpt.every_minutes", k.every_minutes, 0)
@@ -148,6 +158,9 @@ def validate_run(c: Config) -> None:
         raise ConfigError(f"'infer.exit_quantile' must be in [0, 1], got {i.exit_quantile}")
     if c.model.loop.gate == "none":
         unused("infer", i, "model.loop.gate is 'none'", ("exit_quantile",))
+    choice("infer.loop_cache", i.loop_cache, ("all", "last"))
+    if c.model.loop.count == 1:
+        unused("infer", i, "model.loop.count is 1", ("loop_cache",))
     choice("infer.weights", i.weights, ("full", "packed"))
     choice("infer.impl", i.impl, ("auto", "pallas", "reference"))
     if i.weights == "packed" and not c.model.quant.startswith("ternary"):

@@ -264,6 +264,74 @@ def test_pieces_and_shards_add_up(key):
         np.testing.assert_allclose(split_metrics[name], metrics[name], rtol=1e-5)
 
 
+# --- running averages, and first steps without a filter
+
+
+def test_averages_against_numpy():
+    """Ids that are absent, masked or infinite keep theirs; those of microbatches add up."""
+    rng, decay = np.random.default_rng(0), 0.75
+    cfg = FilterConfig(0.5, "ema", decay=decay)
+    tx = collider.averaging(optax.sgd(0.5), cfg, V)
+    params = {"w": jnp.ones(3)}
+    state, want = tx.init(params), np.full(V, np.log(V))
+    for _ in range(5):
+        ids, nll = rng.integers(0, V // 2, (4, 9)), rng.exponential(3, (4, 9))
+        weights = rng.integers(0, 2, (4, 9)).astype(float)
+        nll[weights == 0], nll[ids == 3] = np.nan, np.inf
+        for i in set(ids[weights > 0].tolist()) - {3}:
+            want[i] = decay * want[i] + (1 - decay) * nll[(ids == i) & (weights > 0)].mean()
+        pieces = [
+            collider.seen(
+                *(jnp.asarray(a[half], t) for a, t in ((nll, "f4"), (ids, "i4"), (weights, "f4"))), V
+            )
+            for half in (slice(0, 2), slice(2, 4))
+        ]
+        seen = jax.tree.map(jnp.add, *pieces)
+        updates, state = tx.update({"w": jnp.ones(3)}, state, params, seen=seen)  # type: ignore[call-arg]
+        np.testing.assert_array_equal(updates["w"], -0.5)
+        np.testing.assert_allclose(state.table, want, rtol=1e-5)
+    np.testing.assert_array_equal(collider.recall(state, jnp.asarray([[5]])), state.table[5].reshape(1, 1))
+
+
+@pytest.mark.parametrize("cfg", [FilterConfig(), KEEP])
+def test_no_averages_where_nobody_reads_them(cfg):
+    tx = optax.sgd(0.5)
+    assert collider.averaging(tx, cfg, V) is tx and collider.recall(tx.init({}), jnp.zeros((1, 1))) is None
+
+
+def test_first_steps_learn_from_all_tokens_and_then_the_averages_choose(key):
+    """Step 0 is the unfiltered one, step 1 that of "excess" over the table that step 0 left. One trace."""
+    cfg, batch = of(layers=1, filter=FilterConfig(0.5, "ema", decay=0.5, warmup=1)), rows(4)
+    whole = of(cfg, filter=FilterConfig())
+    plain_tx = optax.sgd(1.0)
+    tx = collider.averaging(plain_tx, cfg.filter, 128)
+    loss_fn, first = losses.make_loss(cfg, TERMS, 16), losses.make_loss(cfg, TERMS, 16, first=True)
+    step = jax.jit(steps.make_train_step(loss_fn, tx, 0, 2, first=(1, first)))
+    state = steps.new_state(weights_of(whole), tx)
+    one, metrics = step(state, batch)
+    plain = jax.jit(steps.make_train_step(losses.make_loss(whole, TERMS, 16), plain_tx, 0))
+    wanted, wanted_metrics = plain(steps.new_state(state.params, plain_tx), batch)
+    close(one.params, wanted.params)
+    for name, value in wanted_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(metrics["filter/kept_nll"], metrics["loss/next_token"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["filter/kept_share"], 1, rtol=1e-6)
+    nll = losses.make_token_nll(whole, 16)(state.params, batch)
+    sums, counts = (np.asarray(a) for a in collider.seen(nll, batch.targets, batch.weights, 128))
+    mean = np.where(counts > 0, sums / np.maximum(counts, 1), np.log(128))
+    np.testing.assert_allclose(one.opt_state.table, (np.log(128) + mean) / 2, rtol=1e-5)
+
+    two, metrics = step(one, batch)
+    excess = of(cfg, filter=FilterConfig(0.5, "excess"))
+    filtered = jax.jit(steps.make_train_step(losses.make_loss(excess, TERMS, 16), plain_tx, 0))
+    given = batch.replace(reference=one.opt_state.table[batch.targets])
+    again = steps.new_state(one.params, plain_tx)
+    wanted, wanted_metrics = filtered(again, given)
+    close(two.params, wanted.params)
+    np.testing.assert_allclose(metrics["filter/kept_nll"], wanted_metrics["filter/kept_nll"], rtol=1e-5)
+    assert metrics["filter/kept_share"] < 0.8 and step._cache_size() == 1
+
+
 # --- work
 
 

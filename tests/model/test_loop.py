@@ -119,6 +119,8 @@ def numpy_model(cfg, params, tokens, quantile=np.inf, prompt=0):
             y = norm(y, p["loop"]["norm"])
         if r > 1 and cfg.loop.inject == "add":
             y = y + entered
+        if r > 1 and cfg.loop.inject == "linear":
+            y = np.concatenate([y, entered], -1) @ p["loop"]["inject"]
         y, kept = through(p["blocks"], y, running, kept)
         x = np.where(running[..., None], y, x)
         depth += running
@@ -484,7 +486,9 @@ def test_generation_with_one_loop_per_token(key):
     cfg, greedy = of(count=2, before=0, after=0), InferConfig(max_tokens=6, temperature=0.0, capacity=32)
     params, prompt = initial(cfg), [3, 1, 4]
     params = params | {"embed": 3 * params["embed"]}  # answers then depend on the prompt
-    first, *early = engine.generate(cfg, params, prompt, dataclasses.replace(greedy, exit_quantile=0.0), key)
+    leaving, ran = dataclasses.replace(greedy, exit_quantile=0.0), []
+    first, *early = engine.generate(cfg, params, prompt, leaving, key, ran)
+    assert [int(loops[0]) for loops in ran] == [1] * 5
     one, short = of(cfg, count=1, gate="none"), dataclasses.replace(greedy, max_tokens=5)
     assert early == list(engine.generate(one, params, [*prompt, first], short, key))
     z = numpy_model(cfg, params, [[*prompt, first, *early]])[0]
@@ -528,3 +532,144 @@ def test_full_logits_are_never_materialized():
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(hidden, head, weights, targets).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 256 * 8192 * 4 / 2
+
+
+# --- one loop's predictions, another injection, one loop's cache
+
+
+def keys_of_each_loop():
+    """For each loop a key that samples it."""
+    found: dict = {}
+    for i in range(50):
+        found.setdefault(int(losses._sampled_loop(jax.random.key(i), R)), jax.random.key(i))
+    return [found[r] for r in range(R)]
+
+
+@pytest.mark.slow
+def test_the_mean_over_sampled_loops_is_the_whole_objective(key):
+    """Loss, terms and every gradient: the estimate is unbiased, exactly."""
+    params, batch, terms = initial(), steps.normalize(rows()), (*EXIT, ("next_token", 0.5))
+    whole = jax.jit(jax.value_and_grad(losses.make_loss(CFG, terms, 4), has_aux=True))
+    one = jax.jit(jax.value_and_grad(losses.make_loss(of(readout="sampled"), terms, 4), has_aux=True))
+    (loss, metrics), grads = whole(params, batch, key)
+    each = [one(params, batch, k) for k in keys_of_each_loop()]
+    assert one._cache_size() == 1 and len({float(e[0][0]) for e in each}) == R
+    (mean_loss, mean_metrics), mean_grads = jax.tree.map(lambda *a: sum(a) / R, *each)
+    np.testing.assert_allclose(mean_loss, loss, rtol=1e-5)
+    assert {"loss/exit", "loss/exit_entropy", "loss/next_token", "loss/entropy"} <= set(mean_metrics)
+    for name, value in mean_metrics.items():
+        np.testing.assert_allclose(value, metrics[name], rtol=1e-5, err_msg=name)
+    wanted = params_lib.flatten(grads)
+    for path, value in params_lib.flatten(mean_grads).items():
+        largest = float(jnp.abs(wanted[path]).max())
+        np.testing.assert_allclose(value, wanted[path], atol=3e-5 * largest, err_msg=path)
+
+
+def products(jaxpr, times=1):
+    """2 * rows * columns * contracted of every dot_general, those of scans as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * times * inner * math.prod(equation.outvars[0].aval.shape)
+        runs = times * equation.params.get("length", 1)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "jaxpr")):
+            body = getattr(value, "jaxpr", value)
+            if hasattr(body, "eqns"):
+                total += products(body, runs)
+    return total
+
+
+def test_sampling_reads_two_predictions_and_not_each():
+    """Of 8 heads, and of 8 times the layers after the loops, 2 remain: exactly what the formula says."""
+    cfg, batch = of(count=8), steps.normalize(rows())
+    shapes = jax.eval_shape(lambda: params_lib.init_params(transformer.param_specs(cfg), jax.random.key(0)))
+
+    def work(cfg):
+        loss_fn = losses.make_loss(cfg, EXIT, B * L)
+        return products(jax.make_jaxpr(loss_fn)(shapes, batch, jax.random.key(0)).jaxpr)
+
+    saved = flops.parts(cfg, L)[0] - flops.parts(of(cfg, readout="sampled"), L)[0]
+    assert work(cfg) - work(of(cfg, readout="sampled")) == B * L * saved / 3  # forward only
+
+
+def test_linear_injection_in_float64_and_from_nothing():
+    cfg = of(inject="linear")
+    params, tokens = initial(cfg), rows().tokens
+    output = run(cfg, params, rows())
+    got = jax.jit(lambda h: transformer.logits(cfg, params, h))(output.loops)[..., :V]
+    np.testing.assert_allclose(got, numpy_model(cfg, params, tokens)[0], atol=1e-3)
+    # It starts as the identity on the stream, so as no injection at all.
+    fresh = params_lib.init_params(transformer.param_specs(cfg)["loop"], jax.random.key(0))
+    started = params | {"loop": params["loop"] | {"inject": fresh["inject"]}}
+    without = params | {"loop": {k: v for k, v in params["loop"].items() if k != "inject"}}
+    np.testing.assert_allclose(
+        run(cfg, started, rows()).loops, run(of(inject="none"), without, rows()).loops, atol=2e-6
+    )
+    assert optim.labels(transformer.param_specs(cfg))["loop"]["inject"] == "matrix"
+
+
+def decode_with(cfg, params, tokens, prompt, loops, overwrite=False):
+    """Teacher-forced logits; overwrite: after every call all loops' entries become the last one's."""
+    cache = caches.allocate(cfg, B, L + 3, loops)
+    prefill, decode = (jax.jit(f, static_argnums=0) for f in (engine.prefill, engine.decode))
+
+    def last(cache):
+        if not overwrite:
+            return cache
+        return cache.replace(k=cache.k.at[:].set(cache.k[-1]), v=cache.v.at[:].set(cache.v[-1]))
+
+    start = jnp.asarray([prompt] * B, jnp.int32)
+    logits, cache = prefill(cfg, params, tokens[:, :prompt], start, cache)
+    found = [logits]
+    for t in range(prompt, L):
+        logits, cache = decode(cfg, params, tokens[:, t], last(cache))
+        found.append(logits)
+    return np.stack(found, 1)[..., :V], cache
+
+
+def test_a_cache_of_the_last_loop_is_one_that_the_last_loop_overwrites():
+    params, tokens = initial(), rows().tokens
+    got, small = decode_with(CFG, params, tokens, 3, "last")
+    want, whole = decode_with(CFG, params, tokens, 3, "all", overwrite=True)
+    assert small.k.shape == (1, *whole.k.shape[1:]) and whole.k.shape[0] == R
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    every, _ = decode_with(CFG, params, tokens, 3, "all")
+    np.testing.assert_array_equal(got[:, 0], every[:, 0])  # the prompt is read with every loop's own
+    assert np.abs(got[:, 2:] - every[:, 2:]).max() > 1e-2
+
+
+@pytest.mark.parametrize("quantile", [0.0, 2.0])
+def test_tokens_that_leave_early_with_a_cache_of_the_last_loop(quantile):
+    """At 0 every token runs once, so later ones find what the first loop wrote; at 2 none leaves."""
+    params, tokens = initial(), rows().tokens
+    cache, decode = caches.allocate(CFG, B, L + 3, "last"), jax.jit(engine.decode, static_argnums=0)
+    for t in range(L):
+        logits, cache = decode(CFG, params, tokens[:, t], cache, jnp.float32(quantile))
+    z = numpy_model(CFG, params, tokens)[0]
+    if quantile == 0.0:
+        np.testing.assert_allclose(logits[:, :V], z[0, :, -1], atol=3e-4)
+    else:
+        want, _ = decode_with(CFG, params, tokens, 1, "last")
+        np.testing.assert_allclose(logits[:, :V], want[:, -1], atol=1e-5)
+    assert cache.k.shape[0] == 1
+
+
+def test_held_out_losses_with_exits(key):
+    """Each token is scored after the loop at which it leaves, by hand from the losses of each loop."""
+    params, batch, quantile = initial(), rows(), 0.6
+    nll, left = jax.jit(losses.make_token_nll(CFG, 4, True, quantile))(params, batch)
+    _, p, _ = numpy_model(CFG, params, batch.tokens)
+    want = 1 + (np.cumsum(p, 0)[:-1] < quantile).sum(0)
+    np.testing.assert_array_equal(left, want)
+    assert len(set(want.ravel().tolist())) > 1
+    sizes = np.full(V, 2, np.int32)
+    made = eval_loss.bits_per_byte(steps.make_eval_step(lambda p, b: (nll, left)), params, [batch], sizes)
+    counted = np.asarray(batch.weights) > 0
+    each = np.take_along_axis(np.asarray(nll, np.float64), want[None] - 1, 0)[0]
+    bits = each[counted].sum() / math.log(2) / (2 * counted.sum())
+    np.testing.assert_allclose(made["eval/bpb_exit"], bits, rtol=1e-6)
+    np.testing.assert_allclose(made["eval/mean_exit"], want[counted].mean(), rtol=1e-6)
+    plain = eval_loss.bits_per_byte(steps.make_eval_step(lambda p, b: nll), params, [batch], sizes)
+    assert set(made) - set(plain) == {"eval/bpb_exit", "eval/mean_exit"}
