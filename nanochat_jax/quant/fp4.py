@@ -20,7 +20,8 @@ the size (4/3 is the tensor's scale), as in arXiv:2502.20586.
 A Hadamard rotation of both operands along the contracted axis leaves their product as it is and
 spreads an outlier over its tile, which then has a smaller maximum for the same norm.
 
-Everything is emulated: level * block scale has at most 6 significant bits, exact in bfloat16, so one
+On GPUs with FP4 units NVFP4 products run in them, where both operands have just been quantized (`in_units`,
+kernels/scaled.py; not verified on hardware). Everything else is emulated: level * block scale has at most 6 significant bits, exact in bfloat16, so one
 ordinary product of these and one multiplication by the tensors' scales give what FP4 units would, up
 to the order of summation. It is slower than no FP4 at all; it shows what FP4 does to training.
 A tensor's scale sees all tokens of the batch: NVFP4 activations of a token depend, in their last
@@ -38,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.config import Fp4Config
+from nanochat_jax.kernels import scaled
 from nanochat_jax.kernels.noise import hashed_bits
 from nanochat_jax.types import Key
 
@@ -242,7 +244,19 @@ def unrotate(v: jax.Array, sign: jax.Array) -> jax.Array:
     return jnp.matmul(tiles, factor, precision=jax.lax.Precision.HIGHEST).reshape(v.shape)
 
 
-# --- the backward products
+# --- products
+
+
+def in_units(a: Blocks, b: Blocks) -> jax.Array:
+    """a @ b^T in FP4 units, float32 [p, q]; blocks [p, c] and [q, c] along c. Only where `scaled.native`."""
+    made = scaled.scaled_dot(decode(a.codes), a.scales, decode(b.codes), b.scales)
+    return made * (a.tensor * b.tensor)
+
+
+def along_inputs(tiles: Blocks) -> Blocks:
+    """A weight's tiles [m, n] as blocks along m of its transpose [n, m]: each tile's scale for its columns."""
+    block = tiles.codes.shape[0] // tiles.scales.shape[0]
+    return Blocks(tiles.codes.T, jnp.repeat(tiles.scales.T, block, 0), tiles.tensor)
 
 
 def _product(
@@ -254,10 +268,14 @@ def _product(
     if rotated:
         sign = signs(how.signs, how.hadamard, sign_key)
         dy_pc, other_qc = rotate(dy_pc, sign), rotate(other_qc, sign)
-    dy, scale = scaled_levels(dy_pc, name, None if how.stochastic == "none" else dy_key)
+    drawn = None if how.stochastic == "none" else dy_key, other_key if how.stochastic == "both" else None
+    both = not exact and how.operands == "both"
+    if both and scaled.native(name):
+        return in_units(quantize(dy_pc, name, drawn[0]), quantize(other_qc, name, drawn[1]))
+    dy, scale = scaled_levels(dy_pc, name, drawn[0])
     other = other_qc
-    if not exact and how.operands == "both":
-        other, other_scale = scaled_levels(other_qc, name, other_key if how.stochastic == "both" else None)
+    if both:
+        other, other_scale = scaled_levels(other_qc, name, drawn[1])
         scale = scale * other_scale
     contract_last = (((1,), (1,)), ((), ()))
     product = jax.lax.dot_general(

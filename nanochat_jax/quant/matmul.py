@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.config import Fp4Config
-from nanochat_jax.kernels import integer
+from nanochat_jax.kernels import integer, scaled
 from nanochat_jax.quant import fp4, fp4_rows, fp8, ternary
 from nanochat_jax.types import Key
 
@@ -155,10 +155,18 @@ def _rows(array: jax.Array) -> jax.Array:
     return array.reshape(-1, array.shape[-1])
 
 
+def _in_units(x: jax.Array, ws: Arrays, name: str) -> jax.Array:
+    """x @ w in FP4 units, float32 [tokens, sum n_i]."""
+    rows = fp4.quantize(_rows(x), name)
+    return _beside([fp4.in_units(rows, fp4.along_inputs(fp4.quantize(w, name, tiles=True))) for w in ws])
+
+
 def _forward(x, ws, weight, act, group, grad, how, key):
     x_codes, x_scale = ACTIVATIONS[act](x, how)
     w_codes, w_scale = _operand(ws, weight, group, x.dtype)
-    if w_scale is not None and x_codes.dtype == w_codes.dtype == jnp.int8:  # an exact integer product
+    if weight == act and scaled.native(weight):
+        y = _in_units(x, ws, weight)
+    elif w_scale is not None and x_codes.dtype == w_codes.dtype == jnp.int8:  # an exact integer product
         y = _rows(integer.integer_matmul(x_codes, w_codes)) * (w_scale * _rows(x_scale))
     else:
         y = jnp.matmul(_rows(x_codes.astype(x.dtype)), w_codes.astype(x.dtype))

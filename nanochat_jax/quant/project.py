@@ -12,7 +12,7 @@ import jax
 from flax import struct
 
 from nanochat_jax.config import Fp4Config, ModelConfig
-from nanochat_jax.kernels import dispatch
+from nanochat_jax.kernels import dispatch, scaled
 from nanochat_jax.quant import fp4, pack
 from nanochat_jax.quant.matmul import ACTIVATIONS, GRADIENTS, WEIGHTS, matmul
 from nanochat_jax.types import Key
@@ -156,6 +156,15 @@ class Project:
         """FP4 and FP8 formats in use."""
         used = {name for _, p in self.rules for name in (p.weight, p.act, p.grad)}
         return [name for name in LOW if name in used]
+
+    def low_text(self) -> str:
+        """How the formats of `low_formats` run on this device, for people; "" if there are none."""
+        low = self.low_formats()
+        native = [name for name in low if scaled.native(name)]
+        emulated = [name for name in low if name not in native]
+        parts = [f"{', '.join(native)} in FP4 units through jax.nn.scaled_matmul, not verified on hardware"]
+        parts.append(f"{', '.join(emulated)} emulated: right numbers, no gain in speed")
+        return "; ".join(part for part, names in zip(parts, (native, emulated), strict=True) if names)
 
     def ternary_roles(self) -> tuple[str, ...]:
         """Roles of block matrices whose weights are ternary."""

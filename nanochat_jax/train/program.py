@@ -396,13 +396,12 @@ def _banner(
 ) -> None:
     dtype = transformer.compute_dtype(cfg.model).name
     total = params_lib.count(transformer.param_specs(cfg.model))
-    low = projections.from_config(cfg.model).low_formats()
-    emulated = f" ({', '.join(low)} emulated: right numbers, no gain in speed)" if low else ""
+    low = projections.from_config(cfg.model).low_text()
     several = f" of {processes.count()} processes" if processes.count() > 1 else ""
     progress.print(
         f"device: {len(jax.devices())} x {device.device_kind} ({device.platform}){several}, computing in {dtype}\n"
         f"model:  {si(total)} parameters, {model_loop.layers_text(cfg.model)}, "
-        f"{cfg.model.quant} matrices{emulated}\n"
+        f"{cfg.model.quant} matrices{f' ({low})' if low else ''}\n"
         f"{_data_lines(cfg, corpus)}\n"
         f"output: {home}; {origin}"
     )
