@@ -34,6 +34,7 @@ def gradient(cfg, terms):
     [
         (LoopConfig(count=5, norm=True, inject="add"), (("next_token", 1.0),)),
         (LoopConfig(count=3, before=1, after=2, gate="per_loop"), EXIT),
+        (LoopConfig(count=3, inject="linear", after=1, gate="shared", readout="sampled"), EXIT),
     ],
 )
 def test_a_scan_over_loops_equals_loops_written_out(loops, terms):
