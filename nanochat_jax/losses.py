@@ -56,7 +56,6 @@ TERMS: dict[str, tuple[str, float]] = {
 }
 STATISTICS: tuple[str, ...] = ("nll", "z", "entropy")
 EXITS: tuple[str, ...] = ("exit", "exit_entropy", "gate")
-SEEN = "filter/seen"
 
 # loss_fn(params, batch, key, step = 0) -> (loss, metrics); the step is read by scheduled weights
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
@@ -100,7 +99,7 @@ def make_loss(
     token: "loss/mtp_<i>" of each offset, and their mean weighted by decay^(i-1) as "loss/mtp".
     With model.filter the loss is that of the kept tokens (model/collider.py); the metrics of terms stay
     sums over all tokens, but for "mtp", and those of `collider.metrics` join them; for the score "ema" also
-    `collider.seen` as SEEN, which is not for people (the train step takes it out). With the terms of the
+    `collider.seen`, which is for the optimizer alone. With the terms of the
     exit gate there are also "loss/loop_<r>", the plain nll after each loop, and `loop.metrics`. The term
     "gate" lets nothing but the gate learn. Scheduled weights are metrics as "loss/weight_<name>".
     Raises: ValueError for the term "mtp" at depth 0, for those of the gate without one, and for those of
@@ -127,7 +126,7 @@ def make_loss(
         future = coefficients.pop("future")
         exits = {name: coefficients.pop(name) for name in EXITS}
         if "future" in used and batch.future is None:
-            batch = make_prepare(cfg)(batch)
+            batch = make_prepare(cfg)(batch, None)
         if "gate" in used:
             params = _only_gate(params)
         over, rider = functools.partial(_over_tokens, cfg, chunk, coefficients), None
@@ -175,7 +174,7 @@ def _filtered_loss(cfg, chunk, over, output, head, batch, key):
     sums = {name: jnp.sum(batch.weights * value) for name, value in each.items()}
     metrics = collider.metrics(each["nll"], batch.weights, index_Bk)
     if cfg.filter.score == "ema":
-        metrics[SEEN] = collider.seen(each["nll"], batch.targets, batch.weights, padded_vocab(cfg))
+        metrics[collider.SEEN] = collider.seen(each["nll"], batch.targets, batch.weights, padded_vocab(cfg))
     return collider.inject(total, output.ridden, index_Bk), sums, metrics, index_Bk
 
 
@@ -186,18 +185,25 @@ def _all_kept(cfg, chunk, output, head, batch, sums):
     if cfg.filter.score == "ema":
         fixed = jax.lax.stop_gradient((output.hidden, head))
         nll = _token_statistics(cfg, chunk, *fixed, batch.targets)["nll"]
-        metrics[SEEN] = collider.seen(nll, batch.targets, batch.weights, padded_vocab(cfg))
+        metrics[collider.SEEN] = collider.seen(nll, batch.targets, batch.weights, padded_vocab(cfg))
     return metrics
 
 
-def make_prepare(cfg: ModelConfig) -> Callable[[Batch], Batch]:
-    """Build prepare(batch) -> batch with `future`, the weights of further targets; identity at depth 0.
+def make_prepare(cfg: ModelConfig) -> Callable[[Batch, Any], Batch]:
+    """Build prepare(batch, optimizer state) -> batch with what else the loss needs: `future`, the weights of
+    further targets, at a depth above 0, and `reference` from the running averages, if the state has them.
 
     For the whole normalized batch, before it is cut into microbatches: each offset has its own number
     of valid targets, which no piece knows.
     """
     depth = cfg.mtp.depth
-    return lambda batch: batch.replace(future=mtp.future_weights(batch, depth)) if depth else batch
+
+    def prepare(batch: Batch, opt_state: Any) -> Batch:
+        averages = collider.recall(opt_state, batch.targets)
+        batch = batch if averages is None else batch.replace(reference=averages)  # type: ignore[attr-defined]
+        return batch.replace(future=mtp.future_weights(batch, depth)) if depth else batch  # type: ignore[attr-defined]
+
+    return prepare
 
 
 def _future_loss(cfg, project, chunk, coefficient, params, hidden_BLD, batch):

@@ -137,6 +137,8 @@ def metrics(nll_BL: jax.Array, weights_BL: jax.Array, index_Bk: jax.Array) -> Me
 
 # --- running averages
 
+SEEN = "filter/seen"  # metric with what `seen` returns
+
 
 class Averages(NamedTuple):
     """The state of an optimizer that keeps running averages beside its own: see `averaging`."""
@@ -150,22 +152,26 @@ def averaging(
 ) -> optax.GradientTransformation:
     """`tx` with a table of the average loss of each target's id in its state; `tx` itself but for "ema".
 
-    Its `update` takes one more argument, seen = (sums, counts), float32 [vocab_size] each (`seen`). An id's
+    Its `update` takes one more argument, metrics, of which metrics[SEEN] is what `seen` returns. An id's
     average becomes decay * average + (1 - decay) * the batch's mean of its losses, if it occurs and is finite.
     The averages start at log(vocab_size), the loss of a model that knows nothing.
     """
     if cfg.keep == 1 or cfg.score != "ema":
         return tx
 
+    tx = optax.with_extra_args_support(tx)
+
     def init(params: Params) -> Averages:
         return Averages(jnp.full((vocab_size,), math.log(vocab_size), jnp.float32), tx.init(params))
 
-    def update(updates: Any, state: Averages, params: Params | None = None, *, seen: tuple) -> tuple:
-        sums, counts = seen
+    def update(
+        updates: Any, state: Averages, params: Params | None = None, *, metrics: dict, **extra: Any
+    ) -> tuple:
+        sums, counts = metrics[SEEN]
         mean = sums / jnp.maximum(counts, 1.0)
         moved = cfg.decay * state.table + (1 - cfg.decay) * mean
         table = jnp.where((counts > 0) & jnp.isfinite(mean), moved, state.table)
-        updates, inner = tx.update(updates, state.inner, params)
+        updates, inner = tx.update(updates, state.inner, params, metrics=metrics, **extra)
         return updates, Averages(table, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
@@ -176,17 +182,15 @@ def recall(state: optax.OptState, targets_BL: jax.Array) -> jax.Array | None:
     return state.table[targets_BL] if isinstance(state, Averages) else None
 
 
-def seen(
-    nll_BL: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """(sum of the losses, number) of the targets with each id whose weight is not 0, float32 [vocab_size].
+def seen(nll_BL: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, vocab_size: int) -> jax.Array:
+    """Sum of the losses, and number, of the targets with each id whose weight is not 0, float32 [2, vocab_size].
 
     Sums, so that those of microbatches add up.
     """
     known, ids = (weights_BL > 0).astype(jnp.float32).reshape(-1), targets_BL.reshape(-1)
     losses = jnp.where(known > 0, nll_BL.reshape(-1), 0.0)
     nothing = jnp.zeros((vocab_size,), jnp.float32)
-    return nothing.at[ids].add(losses), nothing.at[ids].add(known)
+    return jnp.stack([nothing.at[ids].add(losses), nothing.at[ids].add(known)])
 
 
 # --- rows

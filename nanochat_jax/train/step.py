@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nanochat_jax import optim
-from nanochat_jax.losses import SEEN, LossFn
-from nanochat_jax.model import collider
+from nanochat_jax.losses import LossFn
 from nanochat_jax.types import Batch, Metrics, Params, TrainState
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -32,7 +31,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     seed: int,
     microbatches: int = 1,
-    prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    prepare: Callable[[Batch, optax.OptState], Batch] = lambda batch, opt_state: batch,
     over_rows: Callable[[Callable], Callable] = lambda gradient: gradient,
     first: tuple[int, LossFn] | None = None,
 ) -> StepFn:
@@ -45,8 +44,10 @@ def make_train_step(
     `over_rows` adds up what the devices' rows give (`parallel.over_rows`), after all microbatches.
     `first` = (n, loss): the first n steps have this loss instead, with the same metrics. The program holds
     both and runs one.
-    An optimizer that keeps `collider.Averages` lends them to the loss and is told what the loss has seen.
+    The optimizer is told all metrics; those that are no numbers are for it alone.
     """
+
+    tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -54,15 +55,12 @@ def make_train_step(
         if first is not None:
             early = jax.value_and_grad(functools.partial(first[1], step=state.step), has_aux=True)
             gradient = functools.partial(jax.lax.cond, state.step < first[0], early, gradient)
-        whole = prepare(normalize(batch))
-        averages = collider.recall(state.opt_state, whole.targets)
-        whole = whole if averages is None else whole.replace(reference=averages)  # type: ignore[attr-defined]
+        whole = prepare(normalize(batch), state.opt_state)
         accumulate = over_rows(functools.partial(_accumulate, gradient, microbatches))
         (loss, metrics), grads = accumulate(state.params, whole, key)
-        told = {"seen": metrics.pop(SEEN)} if SEEN in metrics else {}
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **told)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, metrics=metrics)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {
+        metrics = {name: value for name, value in metrics.items() if value.ndim == 0} | {
             "loss/total": loss,
             "opt/grad_norm": optax.tree.norm(grads),
             "opt/update_norm": optax.tree.norm(updates),

@@ -151,7 +151,7 @@ def test_further_tokens_are_learned_from_kept_ones(kind, key, monkeypatch):
     cfg, batch = of(mtp=MtpConfig(2, kind)), rows()
     plain, mask = of(cfg, filter=FilterConfig()), chosen(cfg, batch, key)
     weights = weights_of(plain)
-    future = np.asarray(losses.make_prepare(cfg)(batch).future, np.float64)
+    future = np.asarray(losses.make_prepare(cfg)(batch, None).future, np.float64)
     kept_future = future * mask[:, None]
     assert 0 < np.count_nonzero(kept_future) < np.count_nonzero(future)
     kept_future *= future.sum(-1, keepdims=True) / np.maximum(kept_future.sum(-1, keepdims=True), 1e-9)
@@ -287,7 +287,7 @@ def test_averages_against_numpy():
             for half in (slice(0, 2), slice(2, 4))
         ]
         seen = jax.tree.map(jnp.add, *pieces)
-        updates, state = tx.update({"w": jnp.ones(3)}, state, params, seen=seen)  # type: ignore[call-arg]
+        updates, state = tx.update({"w": jnp.ones(3)}, state, params, metrics={collider.SEEN: seen})  # type: ignore[call-arg]
         np.testing.assert_array_equal(updates["w"], -0.5)
         np.testing.assert_allclose(state.table, want, rtol=1e-5)
     np.testing.assert_array_equal(collider.recall(state, jnp.asarray([[5]])), state.table[5].reshape(1, 1))
@@ -306,7 +306,7 @@ def test_first_steps_learn_from_all_tokens_and_then_the_averages_choose(key):
     plain_tx = optax.sgd(1.0)
     tx = collider.averaging(plain_tx, cfg.filter, 128)
     loss_fn, first = losses.make_loss(cfg, TERMS, 16), losses.make_loss(cfg, TERMS, 16, first=True)
-    step = jax.jit(steps.make_train_step(loss_fn, tx, 0, 2, first=(1, first)))
+    step = jax.jit(steps.make_train_step(loss_fn, tx, 0, 2, losses.make_prepare(cfg), first=(1, first)))
     state = steps.new_state(weights_of(whole), tx)
     one, metrics = step(state, batch)
     plain = jax.jit(steps.make_train_step(losses.make_loss(whole, TERMS, 16), plain_tx, 0))

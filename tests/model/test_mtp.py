@@ -225,7 +225,7 @@ def test_what_is_not_valid_has_no_influence(key):
 def test_depth_zero_is_absence(key):
     """No weights, no work on the batch; and the trunk's initial values and loss do not see the depth."""
     batch = packed()
-    assert mtp.param_specs(CFG, {}) == {} and losses.make_prepare(CFG)(batch) is batch
+    assert mtp.param_specs(CFG, {}) == {} and losses.make_prepare(CFG)(batch, None) is batch
     plain = params_lib.init_params(transformer.param_specs(CFG), key)
     more = params_lib.init_params(transformer.param_specs(of("chained")), key)
     further = more.pop("mtp")
