@@ -111,25 +111,34 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(find, state)
 
 
-def over_layers(mesh: Mesh) -> Callable[[jax.Array], jax.Array] | None:
+def over_layers(mesh: Mesh) -> Callable[..., jax.Array] | None:
     """Lay a stack of matrices out with whole matrices on each device; None on a single device.
 
     Returns: function of an array [N, ..., m, n] that splits N over as many mesh axes as divide it,
     and nothing else. Work on the matrices is then shared by all devices, replicas included, instead
-    of repeated by each. Arrays without a stacked axis pass.
+    of repeated by each. With back=True, for the work's result, N is not split any more. What comes before
+    and after keeps its own layout: else the compiler would split the layers of all gradients and updates,
+    and gather them where they are whole. Arrays without a stacked axis pass.
     """
     if mesh.size == 1:
         return None
 
-    def constrain(x: jax.Array) -> jax.Array:
+    def put(x: jax.Array, axes: tuple[str, ...] | None, rest: Any) -> jax.Array:
+        layout = PartitionSpec(axes, *(rest,) * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, layout))
+
+    def constrain(x: jax.Array, back: bool = False) -> jax.Array:
         if x.ndim < 3:
+            return x
+        x = put(x, None, PartitionSpec.UNCONSTRAINED)
+        if back:
             return x
         left, axes = x.shape[0], []
         for axis in AXES:
             if left % mesh.shape[axis] == 0:
                 left //= mesh.shape[axis]
                 axes.append(axis)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(tuple(axes))))
+        return put(x, tuple(axes), None)
 
     return constrain
 

@@ -19,7 +19,7 @@ from nanochat_jax.optim import fire, foam, galore, lion, muon, normuon, quantize
 from nanochat_jax.types import Metrics
 
 # Lays a stack of matrices out over devices before work that needs them whole; None = as they are.
-Constrain = Callable[[jax.Array], jax.Array] | None
+Constrain = Callable[..., jax.Array] | None
 
 # Settings of a group -> direction (no learning rate, no sign).
 OPTIMIZERS: dict[str, Callable[[GroupConfig, Constrain], optax.GradientTransformation]] = {

@@ -149,7 +149,7 @@ def scale_by_muon(
     scale: str = "original",
     nesterov: bool = True,
     dtype: Any = None,
-    constrain: Callable[[jax.Array], jax.Array] | None = None,
+    constrain: Callable[..., jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace each matrix update by an approximately orthogonal one.
 
@@ -165,8 +165,9 @@ def scale_by_muon(
         scale: a name in SCALES, the factor by shape.
         nesterov: orthogonalize momentum * mu + (1 - momentum) * gradient instead of mu.
         dtype: dtype of Newton-Schulz products, see `newton_schulz`.
-        constrain: lays the momentum of a leaf out before Newton-Schulz, for example
-            `parallel.over_layers(mesh)`, which gives each device its own whole matrices.
+        constrain: lays the momentum of a leaf out before Newton-Schulz, and with back=True the
+            result again, for example `parallel.over_layers(mesh)`, which gives each device its own
+            whole matrices.
 
     Returns: transform without learning rate or sign; updates keep the gradient's dtype.
     Raises: ValueError for unknown names; at init and update for leaves of rank < 2, naming them.
@@ -203,8 +204,10 @@ def scale_by_muon(
 
         def orthogonalize(g, u):
             factor = SCALES[scale](*u.shape[-2:])
-            u = u if constrain is None else constrain(u)
-            return (factor * newton_schulz(u, steps, coefficients, dtype)).astype(g.dtype)
+            if constrain is None:
+                return (factor * newton_schulz(u, steps, coefficients, dtype)).astype(g.dtype)
+            u = newton_schulz(constrain(u), steps, coefficients, dtype)
+            return (factor * constrain(u, back=True)).astype(g.dtype)
 
         count = jnp.asarray(optax.safe_increment(state.count))
         return jax.tree.map(orthogonalize, updates, ahead), MuonState(count, mu)

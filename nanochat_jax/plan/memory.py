@@ -119,9 +119,9 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
     logits = LOGITS * 4 * padded_vocab(m) // cfg.mesh.tensor * chunk_tokens(cfg, rows)
     depth = m.mtp.depth
     saved += tokens * depth * one
-    # Each device adds up the whole head's gradient before it is scattered, and gathers whole tables.
+    # Each device adds up gradients of whole tables before they are scattered.
     table = padded_vocab(m) * m.dim // cfg.mesh.tensor
-    head, casts = 2 * 4 * table, 2 * width * table if width < 4 or cfg.mesh.fsdp > 1 else 0
+    head, casts = 2 * 4 * table, 2 * width * table if width < 4 else 0
     unsplit = 2 * 4 * table * (cfg.mesh.fsdp - 1) // cfg.mesh.fsdp if parallel.own_rows(cfg.mesh) else 0
     mask = rows * L * L * (1 + width) if platform != "cpu" else 0
     # The exit gate's loss reads the hidden states after every loop, and gives each a gradient.
