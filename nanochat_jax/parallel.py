@@ -150,13 +150,16 @@ def over_rows(mesh: Mesh, specs: Mapping[str, Any], dtype: str = "float32") -> C
     weights as one of products: it gathers the rows and adds activations. Here all axes are the program's
     own (`jax.shard_map`): gradients of all microbatches are added on each device, and over devices at the
     end. Stacks of layers stay split over fsdp, and `whole_layer` gathers them one layer at a time; what
-    else is split is gathered once. With mesh.tensor > 1 only the replicas are treated so.
+    else is split is gathered once. With mesh.tensor > 1 only replicas are treated so, and with fsdp as well
+    all is left to the compiler.
 
     Args: specs: of the weights. dtype: of the exchanged numbers, float32 or bfloat16; added in float32.
     Returns: function of f(params, batch, key) -> ((loss, metrics), grads), all sums over rows, that gives
     the same function of global arrays. Each device's key is its own.
     """
-    manual = AXES if own_rows(MeshConfig(**mesh.shape)) else ("data",)
+    manual: tuple[str, ...] = AXES
+    if not own_rows(MeshConfig(**mesh.shape)):  # jaxlib 0.10.2 aborts on tables split over both other axes
+        manual = ("data",) if mesh.shape["fsdp"] == 1 else ()
     rows = tuple(axis for axis in ("data", "fsdp") if axis in manual and mesh.shape[axis] > 1)
     if not rows:
         return lambda f: f
