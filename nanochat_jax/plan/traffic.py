@@ -6,7 +6,7 @@ With n devices, by the ring algorithms that are optimal in bytes, each device se
     fsdp     (n-1)/n of the layers' bytes, three times for every application of a layer in every microbatch
              (gathered forward and backward, gradients scattered), and once each of the tables
     tensor   2 (n-1)/n of the activations' bytes, twice per layer and pass: behind attention and the MLP
-    muon     whole matrices on one device each: two all-to-all over fsdp, and updates gathered over data
+    muon     whole matrices, or projections of GaLore, on one device each: to them, and updates back
 
 The first two are exact (parallel.over_rows writes these collectives out). tensor and the optimizer are left
 to the compiler; the formula is what it should do at least. Weights and gradients are float32, or bfloat16
@@ -85,24 +85,32 @@ def activations(cfg: Config, platform: str) -> Bytes:
 
 
 def optimizer(cfg: Config) -> Bytes:
-    """What Muon exchanges to see whole matrices: momenta to `parallel.over_layers`, and updates back."""
+    """What Muon exchanges to see whole matrices: momenta to `parallel.over_layers`, and updates back.
+
+    With GaLore the projections, which are smaller: added up over fsdp where it splits the side that is projected.
+    """
     d, f = cfg.mesh.data, cfg.mesh.fsdp
     if not cfg.opt.matrix.name.endswith("muon") or d * f * cfg.mesh.tensor == 1:
         return {}
-    specs = transformer.param_specs(cfg.model)
-    groups, found = params_lib.flatten(optim.labels(specs)), {"all-to-all": 0.0, "all-gather": 0.0}
+    specs, g = transformer.param_specs(cfg.model), cfg.opt.galore
+    groups = params_lib.flatten(optim.labels(specs))
+    found = dict.fromkeys(("all-gather", "all-reduce", "all-to-all"), 0.0)
     for path, spec in params_lib.flatten(specs).items():
         if groups[path] != "matrix" or len(spec.shape) < 3:
             continue
-        shape, g = spec.shape, cfg.opt.galore
-        if g.rank and galore.projects(shape, g.rank, g.min_dim):
-            short, long = sorted(shape[-2:])
-            shape = (*shape[:-2], min(short, g.rank), long)
-        layers, size = shape[0], 4 * math.prod(shape)
+        layers, m, n = spec.shape
         replicas = d if layers % d == 0 else 1
-        whole = f if (layers // replicas) % f == 0 else 1
-        if whole > 1:
-            found["all-to-all"] += 2 * (f - 1) / f * size / (f * replicas)
-        if replicas > 1:
-            found["all-gather"] += sent("all-gather", size / f, replicas)
+        parts = f if (layers // replicas) % f == 0 else 1
+        summed = False
+        if g.rank and galore.projects(spec.shape, g.rank, g.min_dim):
+            summed = spec.axes[1 if m <= n else 2] == "embed"
+            m, n = (g.rank, n) if m <= n else (m, g.rank)
+        size = 4 * layers * m * n
+        if summed and f > 1:
+            found["all-reduce"] += sent("all-reduce", size, f)
+            found["all-gather"] += sent("all-gather", size, replicas * parts)
+            continue
+        if parts > 1:
+            found["all-to-all"] += 2 * sent("all-to-all", size / (f * replicas), f)
+        found["all-gather"] += sent("all-gather", size / f, replicas)
     return {kind: size for kind, size in found.items() if size}
