@@ -25,13 +25,14 @@ from nanochat_jax.config import defaults
 
 def get_config():
     config = defaults()
-    config.model.update(vocab_size=300, dim=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_dim=32, unroll=2)
+    config.model.update(vocab_size=300, dim=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp_dim=32, unroll=1)
     config.data.update(source="TEXT", tokenizer="bytes", seq_len=16, batch=8, val_percent=10, workers=1)
+    config.opt.matrix.name = "adamw"
     config.opt.schedule.warmup_steps = 4
     config.train.update(steps=STEPS, microbatches=2)
-    config.eval.update(every_steps=20, batches=2, sample_tokens=3)
-    config.log.update(every_steps=1, profile_steps=(3, 3))
-    config.ckpt.update(every_steps=10)
+    config.eval.update(every_steps=20, batches=2, sample_tokens=0)
+    config.log.every_steps = 1
+    config.ckpt.every_steps = 10
     return config
 """
 STEPS = 60
@@ -50,10 +51,10 @@ class Runs:
             (text / f"{i}.txt").write_text("".join(f"def f{i}_{j}(x): return x + {j}\n" for j in range(20)))
         self.config = root / "few.py"
         self.config.write_text(CONFIG.replace("TEXT", str(text)).replace("STEPS", str(STEPS)))
-        own = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-        self.env = {k: v for k, v in os.environ.items() if k not in own} | {
+        self.env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {
             "JAX_PLATFORMS": "cpu", "NANOCHAT_JAX_HOME": str(root / "home"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         }  # fmt: skip
 
     def command(self, home: Path, *extra: str) -> list[str]:
@@ -152,8 +153,10 @@ def test_only_process_0_speaks_and_writes(stopped):
     home, _, logs = stopped
     assert "process 0 of 2 (flags or variables): waiting up to 300 s for process 0 at 127.0.0.1:" in logs[0]
     assert "device: 2 x cpu (cpu) of 2 processes" in logs[0]
-    assert logs[1].count("\n") == 1 and logs[1].startswith("process 1 of 2"), logs[1]
-    assert len(list((home / "tb").glob("events*"))) == 1 and len(list((home / "profile").rglob("*.pb"))) == 1
+    first, *signal_caught = logs[1].splitlines()
+    assert first.startswith("process 1 of 2 (flags or variables): waiting")
+    assert [line for line in signal_caught if "SIGTERM caught" not in line] == []
+    assert len(list((home / "tb").glob("events*"))) == 1
     record = json.loads((home / "manifest.json").read_text())
     assert record["processes"] == 2 and len(record["starts"]) == 1
     assert not list(home.glob(".joined*"))
@@ -169,11 +172,30 @@ def test_what_two_saved_others_continue_to_the_same_losses(runs, alone, stopped,
     step = json.loads((stopped[0] / "result.json").read_text())["step"]
     assert f"continuing at step {step}" in logs[0]
     want, got = losses(alone), losses(home)
-    assert list(got) == list(want) == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5)
+    assert list(want) == list(range(1, STEPS + 1))
+    assert set(want) - set(got) <= {
+        step
+    }  # metrics come one step late: those of the last before a stop are lost
+    np.testing.assert_allclose(list(got.values()), [want[step] for step in got], rtol=1e-5)
     one, other = (json.loads((h / "result.json").read_text()) for h in (alone, home))
     assert other["eval"]["eval/loss"] == pytest.approx(one["eval"]["eval/loss"], rel=1e-5)
     assert other["eval"]["eval/tokens"] == one["eval"]["eval/tokens"]
+
+
+@pytest.mark.slow
+def test_the_default_optimizer_samples_and_profiles(runs):
+    """What costs too much to compile for the tests above: Muon shares its matrices over the processes."""
+    extra = [
+        "--config.opt.matrix.name=muon", "--config.model.layers=2", "--config.train.steps=8",
+        "--config.eval.sample_tokens=3", "--config.log.profile_steps=(3,4)",
+    ]  # fmt: skip
+    one, two = runs.root / "muon-alone", runs.root / "muon-two"
+    texts = [runs.train(one, 1, *extra)[0], runs.train(two, 2, *extra, "--config.mesh.fsdp=2")[0]]
+    want, got = losses(one), losses(two)
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5)
+    samples = [[line for line in text.splitlines() if line.startswith("sample |")] for text in texts]
+    assert samples[0] == samples[1] and samples[0]
+    assert len(list((two / "profile").rglob("*.xplane.pb"))) == 1
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
