@@ -331,12 +331,12 @@ def fingerprint(tree: Any) -> int:
 
     Any changed bit changes it, and so do swapped values. None leaves count for nothing.
     """
-    sums = jax.device_get([_bit_sum(leaf) for leaf in jax.tree.leaves(tree)])
+    sums = jax.device_get([bit_sum(leaf) for leaf in jax.tree.leaves(tree)])
     return sum(int(s) * (2 * i + 1) for i, s in enumerate(sums)) % 2**32
 
 
 @jax.jit
-def _bit_sum(leaf: jax.Array) -> jax.Array:
+def bit_sum(leaf: jax.Array) -> jax.Array:
     """Sum of the bit patterns times odd weights by position, modulo 2^32."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)

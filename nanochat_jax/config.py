@@ -270,6 +270,9 @@ class TrainConfig:
     microbatches: int = 1  # gradient accumulation: the batch is cut into so many pieces
     loss: tuple[tuple[str, Weight], ...] = (("next_token", 1.0),)  # (term, weight or (step, weight) points)
     loss_chunk: int = 512  # tokens whose logits exist at once
+    check_replicas_steps: int = (
+        0  # compare the bits of all copies of the state every so many steps; 0 = never
+    )
 
 
 @dataclass(frozen=True)

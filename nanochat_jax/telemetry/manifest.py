@@ -28,6 +28,7 @@ PACKAGES = (
 FREE = (
     "workdir", "train.steps", "opt.schedule.rewarm_steps", "data.workers", "data.prefetch", "data.tokenize_workers", "mesh", "ckpt", "eval", "log",
     "infer", "train.loss_chunk", "model.remat", "model.unroll", "opt.skip_nonfinite", "name",
+    "train.check_replicas_steps",
 )  # fmt: skip
 # Where a run started from is part of what it is; a continued run would ignore another value.
 FIXED = ("ckpt.init_from",)

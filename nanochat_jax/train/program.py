@@ -31,7 +31,7 @@ from nanochat_jax.telemetry import goodput, logs, manifest
 from nanochat_jax.telemetry.console import Progress, duration, si
 from nanochat_jax.telemetry.trace import Exporter, SpanFile, Trace
 from nanochat_jax.telemetry.writers import Multi, open_writers
-from nanochat_jax.train import hooks, loop
+from nanochat_jax.train import hooks, loop, replicas
 from nanochat_jax.train import step as steps
 from nanochat_jax.types import TrainState
 
@@ -215,8 +215,8 @@ def _train(
     cfg: Config, home: Path, cache: Path, facts: dict, resume: str, interrupted: Callable[[], bool]
 ) -> int:
     main = processes.first()
-    same = json.dumps([manifest.to_dict(cfg), jax.__version__], sort_keys=True)
-    processes.alike("a config or a version of jax", hashlib.sha256(same.encode()).hexdigest())
+    settings = json.dumps([manifest.to_dict(cfg), jax.__version__], sort_keys=True)
+    processes.alike("a config or a version of jax", hashlib.sha256(settings.encode()).hexdigest())
     processes.require_shared(home)
     ledger, trace, exporter = goodput.Ledger(), *_trace(cfg, home, facts, main)
     quiet = None if main else open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
@@ -264,6 +264,9 @@ def _train(
         profile, stop_profile = hooks.profile(
             cfg.log.profile_steps if main else (), home / "profile", progress, ledger, trace
         )
+        if cfg.train.check_replicas_steps:
+            same = hooks.aside(replicas.check(parts.layout, parts.mesh), "telemetry", ledger, trace)
+            scored.insert(0, loop.every(cfg.train.check_replicas_steps, same))
         wanted = [
             hooks.booked(log_metrics, "telemetry", ledger),
             hooks.booked(hooks.watch(cfg.log, writers, progress), "telemetry", ledger),

@@ -204,6 +204,9 @@ def validate_mesh(c: Config) -> None:
     rows = c.data.batch // c.train.microbatches
     divides("data.batch / train.microbatches", rows, "mesh.data * mesh.fsdp", mesh.data * mesh.fsdp)
     m = c.model
+    at_least("train.check_replicas_steps", c.train.check_replicas_steps, 0)
+    if c.train.check_replicas_steps and mesh.data * mesh.fsdp * mesh.tensor == 1:
+        raise ConfigError("'train.check_replicas_steps' has no effect because the mesh is one device")
     for path, size, axis in (
         ("model.heads * model.head_dim", m.heads * m.head_dim, "tensor"),
         ("model.kv_heads * model.head_dim", m.kv_heads * m.head_dim, "tensor"),
