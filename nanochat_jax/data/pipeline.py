@@ -281,6 +281,19 @@ def val_batches(cfg: DataConfig, corpus: Corpus | Mixture, limit: int = 0) -> Se
     having the share of rows that their weights say, as far as they have as many; 0 = all.
     Raises: DataError if a held-out split is smaller than one row.
     """
+    rows, chosen = _held_out(cfg, corpus, limit)
+    return _Held(rows, np.concatenate(chosen), cfg.batch)
+
+
+def val_parts(cfg: DataConfig, corpus: Corpus | Mixture, limit: int = 0) -> dict[str, Sequence[Arrays]]:
+    """The rows of `val_batches` as batches of each part alone, by its name; a corpus has the name ""."""
+    rows, chosen = _held_out(cfg, corpus, limit)
+    names = (part.name for part in parts_of(corpus))
+    return {name: _Held(rows, own, cfg.batch) for name, own in zip(names, chosen, strict=True)}
+
+
+def _held_out(cfg: DataConfig, corpus: Corpus | Mixture, limit: int) -> tuple[_Rows, list[np.ndarray]]:
+    """(held-out rows, the numbers of those of each part that are scored)."""
     parts = parts_of(corpus)
     rows = _Rows([part.corpus.val for part in parts], cfg)
     counts = np.diff(rows.starts)
@@ -291,12 +304,12 @@ def val_batches(cfg: DataConfig, corpus: Corpus | Mixture, limit: int = 0) -> Se
                 f"the held-out split {which}has {part.corpus.val.count} tokens, less than one row of "
                 f"data.seq_len = {cfg.seq_len}; raise data.val_percent or lower data.seq_len"
             )
-    chosen = []
-    for count, first, wanted in zip(
-        counts, rows.starts, _shares(parts, counts, limit * cfg.batch), strict=False
-    ):
-        chosen.append(first + np.linspace(0, count - 1, wanted).round().astype(int))
-    return _Held(rows, np.concatenate(chosen), cfg.batch)
+    shares = _shares(parts, counts, limit * cfg.batch)
+    chosen = [
+        first + np.linspace(0, count - 1, wanted).round().astype(int)
+        for first, count, wanted in zip(rows.starts[:-1], counts, shares, strict=True)
+    ]
+    return rows, chosen
 
 
 def _shares(parts: tuple[Part, ...], counts: np.ndarray, limit: int) -> np.ndarray:

@@ -52,3 +52,19 @@ def bits_per_byte(
         "eval/tokens": count,
         "eval/bytes": size,
     }
+
+
+def of_parts(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Scores of a mixture from those of its parts, by name: as if scored at once, and each part's bits.
+
+    Returns: the scores of `bits_per_byte`, and "eval/bpb_<part>" if there is more than one part.
+    """
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    found: dict[str, float] = {}
+    for name in next(iter(scores.values())):
+        by = {"eval/tokens": "", "eval/bytes": "", "eval/loss": "eval/tokens"}.get(name, "eval/bytes")
+        sizes = {part: own[by] if by else 1.0 for part, own in scores.items()}
+        total = sum(own[name] * sizes[part] for part, own in scores.items())
+        found[name] = total / (sum(sizes.values()) if by else 1.0)
+    return found | {f"eval/bpb_{part}": own["eval/bpb"] for part, own in scores.items()}

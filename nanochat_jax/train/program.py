@@ -352,7 +352,7 @@ def _timed_first(step_fn: steps.StepFn, progress: Progress, ledger: goodput.Ledg
 def _scorer(
     cfg: Config, parts: Parts, corpus: mixture.Mixture | shards.Corpus
 ) -> Callable[[TrainState], dict[str, float]]:
-    made = pipeline.val_batches(cfg.data, corpus, cfg.eval.batches)
+    made = pipeline.val_parts(cfg.data, corpus, cfg.eval.batches)
     sizes = np.zeros(padded_vocab(cfg.model), np.int32)
     known = corpus.tokenizer.token_bytes()
     sizes[: len(known)] = known
@@ -362,9 +362,12 @@ def _scorer(
     own = slice(index * size, (index + 1) * size)
 
     def score(state: TrainState) -> dict[str, float]:
-        parted = ({name: rows[own] for name, rows in arrays.items()} for arrays in made)
-        placed = (parallel.shard_batch(arrays, parts.mesh) for arrays in parted)
-        return eval_loss.bits_per_byte(parts.eval_step, state.params, placed, sizes)
+        scores = {}
+        for name, batches in made.items():
+            parted = ({field: rows[own] for field, rows in arrays.items()} for arrays in batches)
+            placed = (parallel.shard_batch(arrays, parts.mesh) for arrays in parted)
+            scores[name] = eval_loss.bits_per_byte(parts.eval_step, state.params, placed, sizes)
+        return eval_loss.of_parts(scores)
 
     return score
 

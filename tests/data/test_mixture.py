@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nanochat_jax.config import ConfigError, DataConfig
 from nanochat_jax.data import mixture, pipeline, shards, sources
 from nanochat_jax.data.sources import DataError
+from nanochat_jax.evals import loss
 
 FIELDS = {"tokens", "targets", "weights", "segments", "positions"}
 WEIGHTS = {"quality": 0.4, "verified": 0.3, "docs": 0.1}
@@ -138,6 +139,32 @@ def test_held_out_rows_stay_and_take_their_shares(trees, made):
     # Nothing held out is trained on, in any part.
     trained = {t for p in made.parts for t in texts(p.corpus, p.corpus.train)}
     assert not trained & {t for p in made.parts for t in texts(p.corpus, p.corpus.val)}
+
+
+def test_scores_of_parts_are_those_of_the_whole(trees, made):
+    """Part by part and put together, against all rows at once."""
+    cfg = config(trees, batch=4)
+
+    def fake(params, batch, sizes):
+        # Nats and bytes that differ from row to row, as a model's do.
+        scored = batch["weights"] > 0
+        values = (batch["targets"] % 7) / 3 * scored
+        return {
+            "nats": values.sum(), "tokens": scored.sum(), "bytes": sizes[batch["targets"]][scored].sum(),
+            "loop_nats": np.array([values.sum() * 2, values.sum()]),
+        }  # fmt: skip
+
+    sizes = np.asarray(made.tokenizer.token_bytes())
+    each = {
+        name: loss.bits_per_byte(fake, None, batches, sizes)
+        for name, batches in pipeline.val_parts(cfg, made, 5).items()
+    }
+    whole = loss.bits_per_byte(fake, None, pipeline.val_batches(cfg, made, 5), sizes)
+    together = loss.of_parts(each)
+    assert {name: together[name] for name in whole} == pytest.approx(whole)
+    assert set(together) - set(whole) == {f"eval/bpb_{name}" for name in WEIGHTS}
+    assert together["eval/bpb_docs"] == each["docs"]["eval/bpb"]
+    assert loss.of_parts({"": whole}) == whole
 
 
 def texts(corpus, tokens):
