@@ -8,7 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = (
-    "checkpoint", "cli", "config", "data", "inference", "kernels", "losses", "model", "optim",
+    "checkpoint", "cli", "config", "data", "export", "inference", "kernels", "losses", "model", "optim",
     "parallel", "params", "quant", "telemetry", "tokenizer", "train", "types",
 )  # fmt: skip
 

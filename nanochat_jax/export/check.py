@@ -1,0 +1,253 @@
+"""Load what was written, with the programs it was written for, and compare with our forward pass."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanochat_jax import params as params_lib
+from nanochat_jax.config import ModelConfig
+from nanochat_jax.export import gguf, importer, names, safetensors, variants
+from nanochat_jax.export.hf import DTYPES
+from nanochat_jax.export.variants import OWN, ExportError
+from nanochat_jax.model import transformer
+from nanochat_jax.quant import project as projections
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.types import Batch, Params
+
+TOLERANCE = 1e-4  # of logits in float32, times their size where that is above 1
+# Of the logits' size, where 8-bit activations are involved: sums in another order round some activation to
+# the next of 255 levels, in about every fifth row of a small model. Most rows must keep TOLERANCE.
+LEVELS = 0.05
+
+
+class CheckError(ExportError):
+    """What was written is not what was meant."""
+
+    exit_code = 4
+
+
+def logits(cfg: ModelConfig, params: Params, tokens_BL: np.ndarray) -> np.ndarray:
+    """Our float32 logits [B, L, vocab_size] of whole rows."""
+    cfg = dataclasses.replace(cfg, dtype="float32", remat="none")
+    B, L = tokens_BL.shape
+    index = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
+    ones = jnp.ones((B, L), jnp.int32)
+    batch = Batch(jnp.asarray(tokens_BL, jnp.int32), ones, ones * 1.0, ones, index)
+
+    @jax.jit
+    def run(params):
+        hidden = transformer.forward(cfg, projections.from_config(cfg), params, batch).hidden
+        return transformer.logits(cfg, params, hidden)[..., : cfg.vocab_size]
+
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(run(params))
+
+
+def rows(cfg: ModelConfig, length: int) -> np.ndarray:
+    """Two rows of arbitrary tokens, the same for every call."""
+    return np.random.default_rng(0).integers(0, cfg.vocab_size, (2, length))
+
+
+def tensors(source: Path, cfg: ModelConfig, params: Params, form: str, dtype: str) -> str:
+    """Compare a folder's tensors, read back by `importer`, with the model. No package is needed.
+
+    Full and latent weights must come back bit for bit (rounded to dtype); packed and dequantized ones with
+    the same codes and scales. Raises: CheckError naming the weight.
+    """
+    found_cfg, found = importer.load(source)
+    architecture = variants.architecture(cfg)
+    want_cfg, want = (cfg, params) if architecture == OWN else variants.plain(cfg, params, architecture)
+    if form in ("packed", "dequantized"):
+        want = variants.rounded(want_cfg, want)
+        if found_cfg.quant == "full":
+            want_cfg = dataclasses.replace(want_cfg, quant="full", quant_group=0)
+        else:
+            found = variants.rounded(found_cfg, found)
+    kind, V = safetensors.DTYPES[DTYPES[dtype]], cfg.vocab_size
+    chosen = variants.ternary_paths(want_cfg, want) if want_cfg.quant != "full" else set()
+    for path, value in params_lib.flatten(want).items():
+        if path.startswith("loop/gate"):
+            continue
+        value, back = np.asarray(value, np.float32), params_lib.flatten(found)[path]
+        axis = names.vocabulary_axis(path)
+        if axis is not None:
+            value, back = (np.take(a, range(V), axis) for a in (value, back))
+        if path not in chosen or form == "latent":
+            value = value.astype(kind).astype(np.float32)
+        if not np.array_equal(value, back):
+            raise CheckError(
+                f"{path} read back from {source.name} differs by {np.abs(value - back).max():.3g}"
+            )
+    return f"{len(params_lib.flatten(want))} weights read back unchanged"
+
+
+def reference(cfg: ModelConfig, params: Params, form: str, tokens: np.ndarray) -> np.ndarray:
+    """Logits that a loader of the folder must give: ours, without 8-bit activations where it has none."""
+    if form == "dequantized" and variants.architecture(cfg) != OWN:
+        params = variants.rounded(cfg, params)
+        cfg = dataclasses.replace(cfg, quant="full", quant_group=0)
+    return logits(cfg, params, tokens)
+
+
+def transformers(
+    source: Path, cfg: ModelConfig, params: Params, form: str, dtype: str, length: int = 48
+) -> str:
+    """Load a folder with transformers, offline, and compare logits of two rows in float32.
+
+    Returns: what was measured, or why nothing could be. Raises: CheckError.
+    """
+    missing = [n for n in ("torch", "transformers") if not importlib.util.find_spec(n)]
+    if form in ("packed", "latent") and not importlib.util.find_spec("accelerate"):
+        missing.append("accelerate")
+    if missing:
+        return f"not loaded with transformers: {', '.join(missing)} not installed (extra 'export-check')"
+    torch, library = importlib.import_module("torch"), importlib.import_module("transformers")
+    own = variants.architecture(cfg) == OWN
+    with _modules_aside(library):
+        model, report = library.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            trust_remote_code=own,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    wrong = {key: sorted(value)[:3] for key, value in report.items() if value}
+    if wrong:
+        raise CheckError(f"transformers loads {source.name} with {wrong}")
+    tokens = rows(cfg, length)
+    # The "bitnet" helpers of transformers are compiled by torch at first use, for minutes; here they need not.
+    dynamo = importlib.import_module("torch._dynamo.config")
+    before, dynamo.disable = dynamo.disable, True
+    try:
+        with torch.no_grad():
+            theirs = model.eval()(torch.tensor(tokens)).logits.numpy()
+    finally:
+        dynamo.disable = before
+    shown = params
+    if dtype != "float32":
+        shown = _rounded_to(cfg, params, dtype)
+    ours = reference(cfg, shown, form, tokens)
+    size = max(1.0, float(np.abs(ours).max()))
+    off = np.abs(ours - theirs).max(-1) / size
+    worst = float(off.max())
+    said = f"transformers ({type(model).__name__}): logits of size {size:.2g} differ by at most {worst * size:.2g}"
+    if form == "latent":  # transformers does not round the scale to 11 bits as training does
+        bad = worst > LEVELS
+    elif form == "packed" or (own and form == "dequantized"):
+        bad = float(np.median(off)) > TOLERANCE or worst > LEVELS
+        said += f", half of the rows by at most {float(np.median(off)) * size:.2g}"
+    else:
+        bad = worst > TOLERANCE
+    if bad:
+        raise CheckError(f"{said}; allowed is {TOLERANCE:g} of their size")
+    return said
+
+
+@contextlib.contextmanager
+def _modules_aside(library: Any) -> Iterator[None]:
+    """Let transformers copy modelling files into a temporary folder and not into the user's cache."""
+    place = importlib.import_module(f"{library.__name__}.dynamic_module_utils")
+    before, path = place.HF_MODULES_CACHE, list(sys.path)
+    with tempfile.TemporaryDirectory() as folder:
+        place.HF_MODULES_CACHE = folder
+        try:
+            yield
+        finally:
+            place.HF_MODULES_CACHE, sys.path[:] = before, path
+            for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:
+                del sys.modules[name]
+
+
+def _rounded_to(cfg: ModelConfig, params: Params, dtype: str) -> Params:
+    """Parameters as a folder of that dtype holds them; ternary matrices keep their exact product."""
+    chosen = variants.ternary_paths(cfg, params) if cfg.quant.startswith("ternary") else set()
+    kind = safetensors.DTYPES[DTYPES[dtype]]
+
+    def fix(path: tuple, w: Any) -> Any:
+        if "/".join(str(p.key) for p in path) in chosen:
+            return w
+        return np.asarray(w).astype(kind).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fix, params)
+
+
+def gguf_file(path: Path, cfg: ModelConfig, params: Params, kind: str) -> str:
+    """Read a GGUF file with the package's reader and compare every tensor with what it must hold.
+
+    Exact for F32, F16, BF16 and the ternary types; Q8_0 to half a step of its scale. Raises: CheckError.
+    """
+    _, found = gguf.read(path)
+    architecture = variants.architecture(cfg)
+    shown, plain = variants.plain(cfg, params, architecture)
+    if cfg.quant.startswith("ternary"):
+        plain = variants.rounded(shown, plain)
+    entries = names.entries(shown, architecture, gguf=True)
+    if missing := {e.name for e in entries} ^ found.keys():
+        raise CheckError(f"{path.name} lacks, or has beyond what it needs: {sorted(missing)[:5]}")
+    kinds = {"f16": "float16", "bf16": "bfloat16", "tq1_0": "float16", "tq2_0": "float16"}
+    for entry in entries:
+        value = names.take(shown, architecture, plain, entry, gguf=True)
+        back = found[entry.name]
+        if kind == "q8_0" and value.ndim == 2:
+            blocks = value.reshape(-1, 32)
+            step = np.abs(blocks).max(-1, keepdims=True) / 127
+            good = np.all(np.abs(back.reshape(-1, 32) - blocks) <= step * (0.5 + 2**-10 * 127) + 1e-12)
+        else:
+            stored = (
+                value
+                if value.ndim == 1 or kind == "f32"
+                else value.astype(safetensors.DTYPES[DTYPES[kinds[kind]]])
+            )
+            good = np.array_equal(stored.astype(np.float32), back)
+        if not good:
+            raise CheckError(f"{path.name}: {entry.name} does not hold the model's weights")
+    return f"gguf: {len(entries)} tensors of {path.name} hold the model's weights"
+
+
+def llama_cpp(path: Path, cfg: ModelConfig, params: Params, kind: str, tokenizer: Tokenizer) -> str:
+    """Load a GGUF file with llama.cpp (llama-cpp-python) and compare.
+
+    F32: top-5 log-probabilities to 5e-3. Ternary: 64 greedy tokens; a divergence is reported, not refused,
+    because llama.cpp rounds activations by blocks. Texts must get our token ids.
+    Returns: what was measured, or why nothing could be. Raises: CheckError.
+    """
+    if not importlib.util.find_spec("llama_cpp"):
+        return "not loaded with llama.cpp: llama_cpp not installed (extra 'export-check')"
+    library = importlib.import_module("llama_cpp")
+    model = library.Llama(str(path), n_ctx=256, logits_all=True, verbose=False)
+    for text in (
+        "def f(x):\n    return x + 1\n",
+        'fn main() { println!("{}", 42); }',
+        "Zeichen äß 你好 \U0001f600",
+    ):
+        theirs = model.tokenize(text.encode(), add_bos=False, special=False)
+        if theirs != tokenizer.encode(text):
+            raise CheckError(f"llama.cpp cuts {text!r} into other tokens: {theirs[:8]} ..")
+    tokens = rows(cfg, 32)[:1]
+    cfg_full, shown = cfg, params
+    if cfg.quant.startswith("ternary"):
+        shown, cfg_full = variants.rounded(cfg, params), dataclasses.replace(cfg, quant="full", quant_group=0)
+    model.eval(tokens[0].tolist())
+    theirs_LV = _log_softmax(np.asarray(model.scores[: tokens.shape[1]], np.float64))
+    ours_LV = _log_softmax(logits(cfg_full, shown, tokens)[0].astype(np.float64))
+    top = np.argsort(-ours_LV, -1)[:, :5]
+    off = float(np.abs(np.take_along_axis(ours_LV - theirs_LV, top, -1)).max())
+    if kind == "f32" and off > 5e-3:
+        raise CheckError(f"llama.cpp: log-probabilities of {path.name} differ by {off:.2g}")
+    agree = int(np.mean(ours_LV.argmax(-1) == theirs_LV.argmax(-1)) * 100)
+    return f"llama.cpp: {path.name}: top-5 log-probabilities differ by at most {off:.2g}, {agree}% of likeliest tokens equal"
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
