@@ -1,4 +1,8 @@
-"""The key/value cache: allocation and rollback. Writing happens in the model's forward pass."""
+"""The key/value cache: allocation, rollback, and copies of single rows. Writing happens in the model's
+forward pass.
+
+Whatever a cache holds has the axes [.., B, T, G, K]; the functions here know no more of it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -29,3 +33,29 @@ def allocate(cfg: ModelConfig, batch: int, capacity: int, loops: str = "all") ->
 def roll_back(cache: KVCache, length: jax.Array) -> KVCache:
     """Forget everything behind `length` [B]; later tokens overwrite it."""
     return cache.replace(length=length)
+
+
+def take(cache: KVCache, row: jax.Array, length: jax.Array) -> KVCache:
+    """The first `length` tokens of one row, as a cache of one row with as many slots.
+
+    What stands behind them is zero in the copy, so that an earlier request that met a NaN leaves nothing.
+    Args: row, length: int32 [].
+    """
+
+    def copy(a: jax.Array) -> jax.Array:
+        one = jax.lax.dynamic_slice_in_dim(a, row, 1, axis=a.ndim - 4)
+        kept = (jnp.arange(a.shape[-3]) < length).reshape(*(1,) * (a.ndim - 3), -1, 1, 1)
+        return jnp.where(kept, one, jnp.zeros((), a.dtype))
+
+    copied = jax.tree.map(copy, cache.replace(length=None))
+    return copied.replace(length=jnp.reshape(length, (1,)).astype(jnp.int32))
+
+
+def insert(cache: KVCache, prefix: KVCache, row: jax.Array) -> KVCache:
+    """Replace row `row` (int32 []) by the only row of `prefix`, which has as many slots."""
+
+    def put(a: jax.Array, one: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(a, one, row, axis=a.ndim - 4)
+
+    written = jax.tree.map(put, cache.replace(length=None), prefix.replace(length=None))
+    return written.replace(length=cache.length.at[row].set(prefix.length[0]))

@@ -1,7 +1,8 @@
-"""Prefill, decode, generate: token ids in, token ids out.
+"""Prefill, extend, decode, generate: token ids in, token ids out.
 
 Shapes are static: a prompt is padded to a bucket and one program serves each bucket; one program
-decodes. The same forward pass trains and serves, so both agree by construction.
+decodes. The same forward pass trains and serves, so both agree by construction. Many requests at once
+are the work of inference/slots.py and inference/schedule.py.
 """
 
 import functools
@@ -19,7 +20,8 @@ from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Batch, Key, KVCache, Params
 
 
-def _batch(tokens_BL: jax.Array, start_B: jax.Array) -> Batch:
+def batch_of(tokens_BL: jax.Array, start_B: jax.Array) -> Batch:
+    """A batch of tokens that follow `start` others in each row."""
     positions = start_B[:, None] + jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
     return Batch(tokens_BL, tokens_BL, jnp.zeros(tokens_BL.shape), jnp.ones_like(tokens_BL), positions)
 
@@ -33,11 +35,29 @@ def prefill(
     Returns: (float32 logits [B, V] after each row's last real token, cache).
     """
     output = transformer.forward(
-        cfg, projections.from_config(cfg), params, _batch(tokens_BP, cache.length), cache
+        cfg, projections.from_config(cfg), params, batch_of(tokens_BP, cache.length), cache
     )
     last = jnp.take_along_axis(output.hidden, (length_B - 1)[:, None, None], axis=1)[:, 0]
     assert output.cache is not None
     return transformer.logits(cfg, params, last), caches.roll_back(output.cache, length_B)
+
+
+def extend(
+    cfg: ModelConfig, params: Params, tokens_BT: jax.Array, valid_B: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Append several tokens per row to whatever the cache holds.
+
+    All T are written, hence every row needs T free slots: a write that does not fit would be moved to
+    the left, over tokens that count, without an error.
+    Args: tokens: int32 [B, T], padded on the right. valid: int32 [B], real tokens of each row, 0..T.
+    Returns: (float32 logits [B, T, V] after every token, those of padding meaningless; cache).
+    """
+    batch = batch_of(tokens_BT, cache.length)
+    output = transformer.forward(cfg, projections.from_config(cfg), params, batch, cache)
+    assert output.cache is not None
+    return transformer.logits(cfg, params, output.hidden), caches.roll_back(
+        output.cache, cache.length + valid_B
+    )
 
 
 def decode(
@@ -46,9 +66,10 @@ def decode(
     tokens_B: jax.Array,
     cache: KVCache,
     quantile: jax.typing.ArrayLike | None = None,
+    active_B: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """`decode_counting` without the count."""
-    return decode_counting(cfg, params, tokens_B, cache, quantile)[:2]
+    return decode_counting(cfg, params, tokens_B, cache, quantile, active_B)[:2]
 
 
 def decode_counting(
@@ -57,20 +78,25 @@ def decode_counting(
     tokens_B: jax.Array,
     cache: KVCache,
     quantile: jax.typing.ArrayLike | None = None,
+    active_B: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache, jax.Array | None]:
     """Append one token per row.
 
-    quantile: leave the loops where the exit distribution reaches it, see `model.loop`; None = all loops.
+    active: bool [B]; the length of the other rows stays, and what is written behind it has no effect.
+    None = all rows. quantile: leave the loops where the exit distribution reaches it, see `model.loop`; None = all loops.
     A loop is not computed when no row needs it: the batch costs what its deepest row costs.
     Returns: (float32 logits [B, V] of the next token, cache, and with a quantile the loops that each row ran
     through, int32 [B]).
     """
     output = transformer.forward(
-        cfg, projections.from_config(cfg), params, _batch(tokens_B[:, None], cache.length), cache,
+        cfg, projections.from_config(cfg), params, batch_of(tokens_B[:, None], cache.length), cache,
         quantile=quantile,
     )  # fmt: skip
     assert output.cache is not None
-    return transformer.logits(cfg, params, output.hidden[:, 0]), output.cache, output.depth
+    after = output.cache
+    if active_B is not None:
+        after = caches.roll_back(after, jnp.where(active_B, after.length, cache.length))
+    return transformer.logits(cfg, params, output.hidden[:, 0]), after, output.depth
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)

@@ -10,7 +10,7 @@ from nanochat_jax import checkpoint, parallel
 from nanochat_jax import params as params_lib
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import Config, InferConfig, MeshConfig, ModelConfig
-from nanochat_jax.inference import engine
+from nanochat_jax.inference import engine, schedule
 from nanochat_jax.model import transformer
 from nanochat_jax.quant import pack
 from nanochat_jax.quant import project as projections
@@ -34,6 +34,20 @@ def served(cfg: ModelConfig, params: Params, settings: InferConfig) -> Params:
         return params
     roles = projections.from_config(cfg).ternary_roles()
     return pack.pack_params(params, roles, cfg.quant_group, settings.impl)
+
+
+def load_engine(
+    cfg: Config, workdir: Path, settings: InferConfig, slots: int
+) -> tuple[schedule.Engine, tokenizers.Tokenizer]:
+    """A run's model for continuous batching, and its tokenizer. Raises: CheckpointError, ValueError."""
+    tokenizer = tokenizers.load(workdir / "tokenizer.json")
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = jax.device_put(served(cfg.model, load_params(cfg, workdir), settings), one)
+    known = min(tokenizer.vocab_size, cfg.model.vocab_size)
+    chunk = min(256, 1 << settings.capacity.bit_length() - 1)
+    return schedule.Engine(
+        cfg.model, params, known, slots, settings.capacity, chunk, settings.exit_quantile
+    ), tokenizer
 
 
 def pieces(tokenizer: tokenizers.Tokenizer, ids: Iterator[int]) -> Iterator[str]:

@@ -94,9 +94,10 @@ def test_bad_requests():
 @given(st.integers(0, 2**31 - 1), st.integers(0, 12), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
 def test_narrowing_equals_brute_force(seed, top_k, top_p, temperature):
     z = np.random.default_rng(seed).normal(size=10)
-    got = sample.narrow(
-        jnp.asarray(z, jnp.float32)[None], jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)
+    controls = sample.neutral(1)._replace(
+        temperature=jnp.float32(temperature), top_k=jnp.int32(top_k), top_p=jnp.float32(top_p)
     )
+    got = sample.narrow(jnp.asarray(z, jnp.float32)[None], controls)
     order = np.argsort(-z)
     kept = order[: min(top_k, 10)] if top_k else order
     p = np.exp(z[kept] / temperature - (z[kept] / temperature).max())

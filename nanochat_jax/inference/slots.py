@@ -1,0 +1,158 @@
+"""Rows of one cache that serve different requests: the device's side of continuous batching.
+
+Three programs with static shapes: `admit` gives a slot to a request, `fill` reads a piece of its prompt,
+`step` adds a token to all active rows. What a row draws depends on its prompt, its controls, its key and
+the number of the draw, never on the slot or the other rows.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanochat_jax.config import ModelConfig, padded_vocab
+from nanochat_jax.inference import cache as caches
+from nanochat_jax.inference import engine
+from nanochat_jax.inference.sample import Controls, draw, gumbel, neutral, penalize
+from nanochat_jax.model import transformer
+from nanochat_jax.quant import project as projections
+from nanochat_jax.types import Key, KVCache, Params
+
+TOP = 20  # most alternatives that a request can ask for with each token
+
+
+class Row(NamedTuple):
+    """What is kept for each of the B slots beside the cache."""
+
+    token: jax.Array  # int32 [B], drawn last, not yet in the cache
+    draws: jax.Array  # int32 [B], tokens drawn so far
+    key: jax.Array  # [B], of the request
+    controls: Controls
+    seen: jax.Array  # bool [B, V], id in prompt or answer
+    times: jax.Array  # int32 [B, V], how often in the answer
+    bias: jax.Array  # float32 [B, V], of the request; -1e30 for ids without a meaning
+
+
+class Slots(NamedTuple):
+    """The state of all slots; the programs consume (donate) it and give a new one."""
+
+    cache: KVCache
+    row: Row
+
+
+class Drawn(NamedTuple):
+    """What one draw says, per row."""
+
+    token: jax.Array  # int32 [B]
+    log_prob: jax.Array  # float32 [B], under the model itself: no controls
+    top_ids: jax.Array  # int32 [B, TOP], the likeliest under the model; zeros if nobody asked
+    top_log_probs: jax.Array  # float32 [B, TOP]
+    finite: jax.Array  # bool [B], all logits were numbers
+    depth: jax.Array  # int32 [B], loops that the token ran through; 0 = no early exit
+
+
+def allocate(cfg: ModelConfig, slots: int, capacity: int) -> Slots:
+    """Empty slots. capacity: tokens that fit in each, the padding of the last written piece included."""
+    V = padded_vocab(cfg)
+    nothing = jnp.zeros((slots,), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), slots)
+    row = Row(
+        nothing, nothing + 0, keys, neutral(slots), jnp.zeros((slots, V), bool),
+        jnp.zeros((slots, V), jnp.int32), jnp.zeros((slots, V), jnp.float32),
+    )  # fmt: skip
+    return Slots(caches.allocate(cfg, slots, capacity), row)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def admit(slots: Slots, slot: jax.Array, key: Key, controls: Controls, seen_V, bias_V) -> Slots:
+    """Give slot `slot` (int32 []) to a request; its cache follows with `fill`. Donates `slots`.
+
+    Args: controls: scalars. seen: bool [V], ids of the prompt. bias: float32 [V].
+    """
+    zero = jnp.int32(0)
+    new = Row(zero, zero, key, controls, seen_V, jnp.zeros_like(slots.row.times[0]), bias_V)
+    return slots._replace(row=_put(slots.row, slot, jax.tree.map(lambda a: a[None], new)))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def fill(
+    cfg: ModelConfig, params: Params, slots: Slots, source: jax.Array, slot: jax.Array, tokens_C: jax.Array,
+    start: jax.Array, valid: jax.Array, last: jax.Array,
+) -> tuple[Slots, Drawn]:  # fmt: skip
+    """Read a piece of a prompt behind the first `start` tokens of slot `source`, into slot `slot`.
+
+    Two slots differ where a prompt begins like what `source` holds; its own row stays as it is.
+    Donates `slots`.
+    Args: tokens: int32 [C], padded on the right. valid: int32 [], real tokens among them, >= 1.
+    last: bool [], the prompt ends here: the first token of the answer is drawn.
+    Returns: (slots, the draw with B = 1; meaningless unless `last`).
+    """
+    prefix = caches.take(slots.cache, source, start)
+    batch = engine.batch_of(tokens_C[None], prefix.length)
+    output = transformer.forward(cfg, projections.from_config(cfg), params, batch, prefix)
+    assert output.cache is not None
+    behind = jax.lax.dynamic_slice_in_dim(output.hidden[0], valid - 1, 1, axis=0)
+    logits = transformer.logits(cfg, params, behind)
+    cache = caches.insert(slots.cache, caches.roll_back(output.cache, prefix.length + valid), slot)
+    row, drawn = _draw(_get(slots.row, slot), logits, last[None], jnp.bool_(True), None)
+    return Slots(cache, _put(slots.row, slot, row)), drawn
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def step(
+    cfg: ModelConfig, params: Params, slots: Slots, active_B: jax.Array, tops: jax.Array, quantile=None
+) -> tuple[Slots, Drawn]:
+    """Put every active row's last token into the cache and draw its next one. Donates `slots`.
+
+    Args: active: bool [B]. tops: bool [], report the likeliest ids too. quantile: see engine.decode.
+    """
+    batch = engine.batch_of(slots.row.token[:, None], slots.cache.length)
+    output = transformer.forward(
+        cfg, projections.from_config(cfg), params, batch, slots.cache, quantile=quantile
+    )
+    assert output.cache is not None
+    length = jnp.where(active_B, output.cache.length, slots.cache.length)
+    logits = transformer.logits(cfg, params, output.hidden[:, 0])
+    row, drawn = _draw(slots.row, logits, active_B, tops, output.depth)
+    return Slots(caches.roll_back(output.cache, length), row), drawn
+
+
+def _draw(row: Row, logits_BV, live_B, tops, depth_B) -> tuple[Row, Drawn]:
+    """Draw a token per row and count it where `live`."""
+    B, V = logits_BV.shape
+    log_probs = jax.nn.log_softmax(logits_BV)
+    noise = jax.vmap(lambda key, i: gumbel(jax.random.fold_in(key, i), V))(row.key, row.draws)
+    after = penalize(logits_BV, row.controls, row.seen, row.times, row.bias)
+    token_B = jnp.where(live_B, draw(after, noise, row.controls), row.token)
+    top_logs, top_ids = jax.lax.cond(
+        tops, lambda: tuple(jax.lax.top_k(log_probs, TOP)),
+        lambda: (jnp.zeros((B, TOP), jnp.float32), jnp.zeros((B, TOP), jnp.int32)),
+    )  # fmt: skip
+    chosen = jnp.take_along_axis(log_probs, token_B[:, None], -1)[:, 0]
+    finite = jnp.all(jnp.isfinite(logits_BV), -1)
+    depth_B = jnp.zeros((B,), jnp.int32) if depth_B is None else depth_B
+    rows, counted = jnp.arange(B), live_B.astype(jnp.int32)
+    row = row._replace(
+        token=token_B, draws=row.draws + counted, times=row.times.at[rows, token_B].add(counted),
+        seen=row.seen.at[rows, token_B].max(live_B),
+    )  # fmt: skip
+    return row, Drawn(token_B, chosen, top_ids, top_logs, finite, depth_B)
+
+
+def _get(row: Row, slot: jax.Array) -> Row:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, slot, 0), row)
+
+
+def _put(row: Row, slot: jax.Array, one: Row) -> Row:
+    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, slot, 0), row, one)
+
+
+def meaningless(cfg: ModelConfig, known: int, ids: dict[int, float] | None = None) -> np.ndarray:
+    """A bias, float32 [V]: that of `ids`, and -1e30 for ids from `known` on, which no tokenizer has."""
+    bias = np.zeros(padded_vocab(cfg), np.float32)
+    for index, value in (ids or {}).items():
+        bias[index] = value
+    bias[known:] = -1e30
+    return bias
