@@ -8,8 +8,8 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = (
-    "checkpoint", "cli", "config", "data", "export", "inference", "kernels", "losses", "model", "optim",
-    "parallel", "params", "quant", "telemetry", "tokenizer", "train", "types",
+    "chat", "checkpoint", "cli", "config", "data", "export", "inference", "kernels", "losses", "model", "optim",
+    "parallel", "params", "quant", "serve", "telemetry", "tokenizer", "train", "types",
 )  # fmt: skip
 
 

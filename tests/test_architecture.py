@@ -16,10 +16,10 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ROOT = REPOSITORY / "nanochat_jax"
 
-BASE = {"types", "blocks", "validation", "config", "params", "tokenizer", "processes"}
+BASE = {"types", "blocks", "validation", "config", "params", "tokenizer", "processes", "chat"}
 TOWER = ("kernels", "quant", "model", "losses")
 BESIDE = {"optim", "parallel", "data", "checkpoint", "telemetry"}
-NO_TOKENIZER = BASE - {"tokenizer"}
+NO_TOKENIZER = BASE - {"tokenizer", "chat"}
 # Room -> rooms it may import, beside itself. `__main__` files and cli may import anything.
 RULES: dict[str, set[str]] = {
     "types": set(),
@@ -31,6 +31,7 @@ RULES: dict[str, set[str]] = {
     "processes": {"config"},
     "flags": {"config"},
     "cluster": {"config", "processes"},
+    "chat": {"tokenizer"},
     "kernels": BASE,
     "quant": BASE | set(TOWER[:1]),
     "model": BASE | set(TOWER[:2]),
@@ -55,8 +56,9 @@ RULES: dict[str, set[str]] = {
 COMPOSERS = {
     "train/program.py": {"evals", "inference"},
     "inference/load.py": {"checkpoint", "parallel", "tokenizer"},
+    "inference/terminal.py": {"chat", "tokenizer"},
 }
-NO_JAX = {"data", "telemetry", "blocks", "config", "validation", "tokenizer"}
+NO_JAX = {"data", "telemetry", "blocks", "config", "validation", "tokenizer", "chat"}
 # Files that print although they are no command line: progress lines, and the report of --verify_resume.
 PRINTERS = {"telemetry/console.py", "train/verify.py"}
 MAX_LINES, MAX_MAIN_LINES = 500, 60

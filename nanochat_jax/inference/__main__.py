@@ -1,4 +1,4 @@
-"""Sample from a trained run: python -m nanochat_jax.inference --workdir=runs/tiny --prompt="def " """
+"""Sample from a trained run, or chat: python -m nanochat_jax.inference --workdir=runs/tiny --prompt="def " """
 
 import dataclasses
 import sys
@@ -8,7 +8,9 @@ from nanochat_jax import cli
 from nanochat_jax.config import Config, resolve, to_dict
 
 FLAGS = {
+    "chat": cli.Flag(False, "talk with the model; /clear forgets, Ctrl-C ends an answer, Ctrl-D the chat"),
     "prompt": cli.Flag("", "text to continue; default eval.prompt of the run"),
+    "system": cli.Flag("", "what a chat begins with"),
     "max_tokens": cli.Flag(-1, "tokens to generate; default infer.max_tokens"),
     "temperature": cli.Flag(-1.0, "0 = greedy; default infer.temperature"),
     "top_k": cli.Flag(-1, "default infer.top_k"),
@@ -22,7 +24,7 @@ FLAGS = {
 
 
 def main(cfg: Config, call: cli.Invocation) -> int:
-    """Load the run in --workdir (its own config, unless --config is given) and print a sample."""
+    """Load the run in --workdir (its own config, unless --config is given); print a sample or chat."""
     if not call.workdir:
         raise cli.UsageError("--workdir is missing: the directory of a trained run, e.g. runs/tiny")
     home = Path(call.workdir)
@@ -30,13 +32,17 @@ def main(cfg: Config, call: cli.Invocation) -> int:
         raise cli.UsageError(f"{home} is not a run: it has no config.json")
     if not call.config_path:
         cfg = resolve(cli.read_config(str(home / "config.json")))
-    given = {name: call.flags[name] for name in FLAGS if name not in ("prompt", "seed")}
+    given = {name: call.flags[name] for name in FLAGS if name not in ("chat", "prompt", "system", "seed")}
     changes = {name: value for name, value in given.items() if value not in ("", -1)}
     settings = resolve({**to_dict(cfg), "infer": {**dataclasses.asdict(cfg.infer), **changes}}).infer
     cli.setup_runtime(cfg)
-    from nanochat_jax.inference import load
+    from nanochat_jax.inference import load, terminal
 
     try:
+        if call.chat:
+            return terminal.main(
+                *load.load_engine(cfg, home, settings, slots=1), settings, call.seed, call.system
+            )
         ran: list = []
         text = load.sampler(cfg, home, settings, ran)
         prompt = call.prompt or cfg.eval.prompt

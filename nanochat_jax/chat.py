@@ -1,0 +1,66 @@
+"""The chat template, in one place: turns to token ids, for training, serving and export.
+
+    <|bos|> <|system_start|> .. <|system_end|> <|user_start|> .. <|user_end|> <|assistant_start|> .. <|assistant_end|>
+
+Marks are ids, put between the encoded texts; what a text contains is characters only, so that a message
+which spells a mark cannot forge a turn. `TEMPLATE` says the same in Jinja, for libraries that read it.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from nanochat_jax.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '_start|>' + message['content'] + '<|' + message['role'] + '_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant_start|>' }}{% endif %}"
+)
+
+
+class Rendered(NamedTuple):
+    """A conversation as ids, and which of them are learned: the assistant's texts and their end marks."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+def supports(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer has the marks of all roles."""
+    return all(mark in tokenizer.special for role in ROLES for mark in _marks(role))
+
+
+def render(tokenizer: Tokenizer, messages: Iterable[Mapping[str, str]]) -> Rendered:
+    """A whole conversation, for training.
+
+    Args: messages: each with "role" (one of ROLES) and "content".
+    Raises: ValueError for another role, or a tokenizer without the marks.
+    """
+    if not supports(tokenizer):
+        raise ValueError("the tokenizer has no marks for chat turns, such as <|user_start|>")
+    ids, learned = [tokenizer.bos_id], [False]
+    for message in messages:
+        role = message["role"]
+        if role not in ROLES:
+            raise ValueError(f"no role '{role}' in a chat; known: {', '.join(ROLES)}")
+        start, end = (tokenizer.special_id(mark) for mark in _marks(role))
+        text = tokenizer.encode(message["content"])
+        ids += [start, *text, end]
+        learned += [False, *[role == "assistant"] * (len(text) + 1)]
+    return Rendered(ids, learned)
+
+
+def prompt(tokenizer: Tokenizer, messages: Iterable[Mapping[str, str]]) -> list[int]:
+    """The conversation up to where the assistant speaks next. Raises: ValueError as `render`."""
+    return [*render(tokenizer, messages).ids, tokenizer.special_id("<|assistant_start|>")]
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end an answer: every mark, since none is text."""
+    return frozenset(tokenizer.special.values())
+
+
+def _marks(role: str) -> tuple[str, str]:
+    return f"<|{role}_start|>", f"<|{role}_end|>"
