@@ -1,8 +1,7 @@
 """The one door: flags -> Config, errors in one line, runtime set-up, interrupts.
 
-Every room's `__main__` is `cli.run("room", main, flags)`. Nothing here imports jax before the
-configuration is resolved, so `--help` and mistakes are answered at once. Only this file reads
-environment variables.
+Every room's `__main__` is `cli.run("room", main, flags)`. Nothing here imports jax before the configuration
+is resolved, so `--help` and mistakes are answered at once. Only this file reads environment variables.
 """
 
 import ast
@@ -315,7 +314,12 @@ def record(room: str, invocation: Invocation) -> dict[str, Any]:
 def relevant_environment() -> dict[str, str]:
     """Environment variables that can change a run's numbers or speed, for the manifest."""
     prefixes = ("JAX_", "XLA_", "NANOCHAT_JAX_", "NCCL_", "CUDA_VISIBLE", "OMP_NUM", "MALLOC_", "TRACEPARENT")
-    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)}
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes) and not k.endswith("_KEY")}
+
+
+def api_key() -> str:
+    """The key that clients of the server must send; "" = none."""
+    return os.environ.get("NANOCHAT_JAX_API_KEY", "")
 
 
 @contextlib.contextmanager
@@ -385,16 +389,13 @@ def _only_cpu() -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory: XLA's CPU backend allocates its buffers anew every step, and
-    getting zeroed pages from the kernel each time costs about a tenth of a small model's step."""
+    """Ask glibc to keep freed memory: zeroed pages anew in every step cost a tenth of a small model's step."""
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return  # the user has chosen
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
         libc = ctypes.CDLL("libc.so.6")
-        arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
-        libc.mallopt(arena_max, 1)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # arena_max, mmap_max, trim_threshold
+            libc.mallopt(option, value)
 
 
 def main() -> None:
