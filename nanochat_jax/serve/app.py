@@ -18,7 +18,9 @@ from nanochat_jax.serve.answers import respond
 from nanochat_jax.serve.fields import ApiError
 from nanochat_jax.serve.service import Event, Gone, Service
 
-Scope, Receive, Send = dict[str, Any], Callable[[], Awaitable[dict]], Callable[[dict], Awaitable[None]]
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict]]
+Send = Callable[[dict], Awaitable[None]]
 log = logging.getLogger("nanochat_jax")
 PAGE = Path(__file__).parent / "chat.html"
 JSON = "application/json"

@@ -112,7 +112,9 @@ def test_frequencies(changes):
 
     counts = sum(np.bincount(np.asarray(draws(jax.random.key(i))), minlength=8) for i in range(n))
     kept, _ = expected(z, jax.tree.map(np.asarray, c), 0)
-    p = np.where(np.isin(np.arange(8), list(kept)), np.exp(z / changes.get("temperature", 1.0)), 0)
+    p = np.where(
+        np.isin(np.arange(8), list(kept)), np.exp(z.astype(np.float64) / changes.get("temperature", 1.0)), 0
+    )
     assert counts[p == 0].sum() == 0
     assert stats.chisquare(counts[p > 0], (p / p.sum() * rows * n)[p > 0]).pvalue > 1e-4
 

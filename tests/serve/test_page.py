@@ -1,4 +1,8 @@
-"""The page in a browser (headless Chromium): send, stream, stop, error, injection, keyboard, narrow screens."""
+"""The page in a browser (headless Chromium): send, stream, stop, error, injection, keyboard, narrow screens.
+
+With NANOCHAT_JAX_SCREENSHOT=<file> a picture of the page is saved.
+"""
+# ruff: noqa: E402 (without a browser the file is skipped before it imports more)
 
 import os
 import time
@@ -85,6 +89,14 @@ def say(page, text, wait=True):
         sync_api.expect(page.locator("#send")).to_be_enabled(timeout=30_000)
 
 
+def grown(page, length, turn=0):
+    """Wait until an answer has so many characters."""
+    end = time.monotonic() + 30  # a loop here: the page's policy forbids scripts from elsewhere
+    box = page.locator(".turn.assistant .text").nth(turn)
+    while len(box.text_content()) <= length:
+        assert time.monotonic() < end, "no text came"
+
+
 def last(page):
     return page.locator(".turn.assistant .text").last
 
@@ -97,7 +109,7 @@ def test_send_and_stream(page):
     sync_api.expect(last(page)).to_have_text(ANSWERS["hello"])
     sync_api.expect(page.locator(".turn.user .text")).to_have_text("hello")
     say(page, "long", wait=False)
-    page.wait_for_function("document.querySelectorAll('.assistant .text')[1]?.textContent.length > 20")
+    grown(page, 20, turn=1)
     early = len(last(page).text_content())
     assert early < len(ANSWERS["long"]) and page.locator("#send").is_disabled()
     page.keyboard.press("Escape")
@@ -107,7 +119,7 @@ def test_send_and_stream(page):
 def test_stop_takes_the_request_back(page, server):
     before = server[0].metrics.get("cancelled_total")
     say(page, "long", wait=False)
-    page.wait_for_function("document.querySelector('.assistant .text')?.textContent.length > 20")
+    grown(page, 20)
     page.click("#stop")
     sync_api.expect(page.locator("#stop")).to_be_disabled()
     assert 20 < len(last(page).text_content()) < len(ANSWERS["long"])
@@ -117,7 +129,7 @@ def test_stop_takes_the_request_back(page, server):
         assert time.monotonic() < end
         time.sleep(0.02)
     page.click("#again")
-    page.wait_for_function("document.querySelector('.assistant .text')?.textContent.length > 40")
+    grown(page, 40)
     page.click("#clear")
     assert page.locator(".turn").count() == 0 and page.locator("#again").is_disabled()
 
