@@ -7,6 +7,7 @@ is resolved, so `--help` and mistakes are answered at once. Only this file reads
 import ast
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import hashlib
 import importlib.util
@@ -125,6 +126,19 @@ def load(invocation: Invocation) -> Config:
         return config_lib.resolve(settings)
     except ConfigError as error:
         raise ConfigError(f"{error} ({Path(invocation.config_path).name})") from None
+
+
+def trained(call: Invocation) -> tuple[Path, Config]:
+    """The run in --workdir, and its own settings unless --config is given, with the overrides.
+
+    Raises: UsageError if there is no run; ConfigError.
+    """
+    if not call.workdir:
+        raise UsageError("--workdir is missing: the directory of a trained run, e.g. runs/tiny")
+    home = Path(call.workdir)
+    if not (home / "config.json").exists():
+        raise UsageError(f"--workdir={home} is not a run: it has no config.json")
+    return home, load(dataclasses.replace(call, config_path=call.config_path or str(home / "config.json")))
 
 
 def _override(settings: ConfigDict, key: str, text: str, source: str) -> None:

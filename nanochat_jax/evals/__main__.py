@@ -15,11 +15,8 @@ def main(cfg: Config, call: cli.Invocation) -> int:
 
     The corpus and the rows are those of --config, else the run's own.
     """
-    home = Path(call.workdir)
-    if not call.workdir or not (home / "config.json").exists():
-        raise cli.UsageError(f"--workdir='{call.workdir}' is not a run: it has no config.json")
+    home, cfg = cli.trained(call)
     run = resolve(cli.read_config(str(home / "config.json")))
-    cfg = cfg if call.config_path else run
     cli.setup_runtime(run)
     import jax
     import numpy as np

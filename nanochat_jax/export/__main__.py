@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from nanochat_jax import cli
-from nanochat_jax.config import Config, resolve
+from nanochat_jax.config import Config
 
 FLAGS = {
     "out": cli.Flag("", "directory to write; it appears whole or not at all"),
@@ -24,15 +24,11 @@ FLAGS = {
 
 def main(cfg: Config, call: cli.Invocation) -> int:
     """Export the run in --workdir (its own config, unless --config is given) to --out."""
-    if not call.workdir or not call.out:
-        raise cli.UsageError("--workdir (a trained run) and --out (a new directory) are needed")
+    home, cfg = cli.trained(call)
+    if not call.out:
+        raise cli.UsageError("--out is missing: a new directory")
     if call.dry_run and not call.push:
         raise cli.UsageError("--dry_run has no effect without --push=owner/name")
-    home, out = Path(call.workdir), Path(call.out)
-    if not (home / "config.json").exists():
-        raise cli.UsageError(f"{home} is not a run: it has no config.json")
-    if not call.config_path:
-        cfg = resolve(cli.read_config(str(home / "config.json")))
     cli.setup_runtime(cfg)
     from nanochat_jax import tokenizer
     from nanochat_jax.export import publish
@@ -50,11 +46,11 @@ def main(cfg: Config, call: cli.Invocation) -> int:
         print(line, file=sys.stderr)
 
     words = tokenizer.load(home / "tokenizer.json")
-    for line in publish.build(cfg, load.load_params(cfg, home), words, home, out, options, report):
+    for line in publish.build(cfg, load.load_params(cfg, home), words, home, Path(call.out), options, report):
         report(line)
     if call.push:
-        publish.upload(out, call.push, not call.public, call.dry_run, report)
-    print(out)
+        publish.upload(Path(call.out), call.push, not call.public, call.dry_run, report)
+    print(call.out)
     return 0
 
 

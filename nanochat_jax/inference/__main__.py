@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 
 from nanochat_jax import cli
 from nanochat_jax.config import Config, resolve, to_dict
@@ -25,13 +24,7 @@ FLAGS = {
 
 def main(cfg: Config, call: cli.Invocation) -> int:
     """Load the run in --workdir (its own config, unless --config is given); print a sample or chat."""
-    if not call.workdir:
-        raise cli.UsageError("--workdir is missing: the directory of a trained run, e.g. runs/tiny")
-    home = Path(call.workdir)
-    if not (home / "config.json").exists():
-        raise cli.UsageError(f"{home} is not a run: it has no config.json")
-    if not call.config_path:
-        cfg = resolve(cli.read_config(str(home / "config.json")))
+    home, cfg = cli.trained(call)
     given = {name: call.flags[name] for name in FLAGS if name not in ("chat", "prompt", "system", "seed")}
     changes = {name: value for name, value in given.items() if value not in ("", -1)}
     settings = resolve({**to_dict(cfg), "infer": {**dataclasses.asdict(cfg.infer), **changes}}).infer

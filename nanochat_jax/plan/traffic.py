@@ -69,7 +69,8 @@ def gradients(cfg: Config) -> Bytes:
 
 def applied(cfg: Config, stack: str) -> int:
     """Times that a training step runs a stack of layers on each row."""
-    return {"blocks": cfg.model.loop.count, "after": loop.readouts(cfg.model)}.get(stack, 1)
+    times = {"before": 1, "blocks": cfg.model.loop.count, "after": loop.readouts(cfg.model)}
+    return times.get(stack, 1)
 
 
 def activations(cfg: Config, platform: str) -> Bytes:

@@ -1,7 +1,6 @@
 """Serve a trained run to OpenAI clients and browsers: python -m nanochat_jax.serve --workdir=runs/tiny"""
 
 import dataclasses
-from pathlib import Path
 
 from nanochat_jax import cli
 from nanochat_jax.config import Config, resolve, to_dict
@@ -28,11 +27,7 @@ FLAGS = {
 
 def main(cfg: Config, call: cli.Invocation) -> int:
     """Load the run in --workdir (its own config, unless --config is given) and serve it."""
-    home = Path(call.workdir)
-    if not (home / "config.json").exists():
-        raise cli.UsageError(f"--workdir={call.workdir} is not a run: it has no config.json")
-    if not call.config_path:
-        cfg = resolve(cli.read_config(str(home / "config.json")))
+    home, cfg = cli.trained(call)
     if wrong := next((name for name in ("slots", "max_queue", "deadline") if call.flags[name] <= 0), ""):
         raise cli.UsageError(f"--{wrong} must be positive, got {call.flags[wrong]}")
     changes = {name: call.flags[name] for name in ("capacity", "weights") if call.flags[name]}
