@@ -243,12 +243,12 @@ def _split_axis(spec: ParamSpec, mesh: Mesh) -> int | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(w: jax.Array, axis: int, dtype: str) -> jax.Array:
     """All devices' parts of `axis` over fsdp, sent in a dtype."""
-    bits = jax.lax.all_gather(_sent(w, dtype), "fsdp", axis=axis, tiled=True)
-    return _received(bits, w.dtype)
+    return _gather_forward(w, axis, dtype)[0]
 
 
 def _gather_forward(w, axis, dtype):
-    return _gather(w, axis, dtype), None
+    bits = jax.lax.all_gather(_sent(w, dtype), "fsdp", axis=axis, tiled=True)
+    return _received(bits, w.dtype), None
 
 
 def _gather_backward(axis, dtype, _, g):

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from nanochat_jax import losses, parallel
-from nanochat_jax.config import Config, DataConfig, LoopConfig, MeshConfig, ModelConfig, TrainConfig
+from nanochat_jax.config import (
+    Config,
+    DataConfig,
+    FilterConfig,
+    LoopConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from nanochat_jax.model import transformer
 from nanochat_jax.plan import collectives, traffic
 from nanochat_jax.train import step as steps
@@ -41,15 +49,19 @@ def rows():
     )
 
 
-def compiled(cfg):
-    """The gradient of a whole step on the config's mesh, compiled, and its arguments."""
-    specs, mesh = transformer.param_specs(cfg.model), parallel.mesh(cfg.mesh)
-    dtype = cfg.mesh.reduce_dtype
+def gradient_of(cfg):
+    """The gradient of a whole step on the config's mesh."""
+    specs, mesh, dtype = transformer.param_specs(cfg.model), parallel.mesh(cfg.mesh), cfg.mesh.reduce_dtype
     loss = losses.make_loss(cfg.model, cfg.train.loss, 64, parallel.whole_layer(mesh, specs, dtype))
     gradient = jax.value_and_grad(loss, has_aux=True)
-    run = parallel.over_rows(mesh, specs, dtype)(
+    return parallel.over_rows(mesh, specs, dtype)(
         functools.partial(steps._accumulate, gradient, cfg.train.microbatches)
     )
+
+
+def compiled(cfg):
+    """It compiled, and its arguments."""
+    run, specs, mesh = gradient_of(cfg), transformer.param_specs(cfg.model), parallel.mesh(cfg.mesh)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) / 4, specs)
     places = parallel.param_shardings(specs, mesh)
@@ -106,6 +118,42 @@ def test_bfloat16_crosses_the_wire(mesh):
     assert_bytes(step, cfg)
     full, half = (sum(traffic.gradients(c).values()) for c in (config(mesh), cfg))
     assert half == pytest.approx(full / 2, rel=0.01)
+
+
+def scans(jaxpr):
+    """Every scan of a program: (backward?, its text, what it hands out)."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            outputs = equation.outvars[equation.params["num_carry"] :]
+            shapes = [v.aval.shape for v in outputs]
+            yield equation.params["reverse"], str(equation.params["jaxpr"]), shapes
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from scans(inner)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"remat": "dots"}, {"remat": "none"}, {"filter": True, "remat": "none"}]
+)
+def test_whole_weights_are_not_kept(changes):
+    """Both passes gather each layer's seven matrices, whatever else is recomputed; none is handed over."""
+    if "filter" in changes:
+        changes = {**changes, "filter": FilterConfig(0.5, "random")}
+    cfg = config(
+        {"fsdp": 4}, dataclasses.replace(MODEL, loop=LoopConfig(), dim=48, **changes), microbatches=1
+    )
+    run = gradient_of(cfg)
+    specs = transformer.param_specs(cfg.model)
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), specs)
+    found = list(scans(jax.make_jaxpr(run)(params, rows(), jax.random.key(0)).jaxpr))
+    layers = [each for each in found if "reduce_scatter" in each[1] or "all_gather" in each[1]]
+    assert [backward for backward, _, _ in layers] == [False, True]
+    assert [text.count("all_gather[") for _, text, _ in layers] == [7, 7]
+    assert layers[1][1].count("reduce_scatter[") == 7
+    sides = {(48, 32), (32, 48), (48, 96), (48, 64)}
+    assert not [shape for shape in layers[0][2] if shape[-2:] in sides]
 
 
 def test_microbatches_exchange_no_more_over_replicas():

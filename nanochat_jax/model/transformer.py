@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax import params as P
 from nanochat_jax.config import ModelConfig, layer_period, padded_vocab, value_layers
@@ -24,6 +23,11 @@ from nanochat_jax.params import ParamSpec
 from nanochat_jax.quant.project import Project
 from nanochat_jax.types import Batch, KVCache, Output, Params
 
+# What makes weights whole, casts them and puts them side by side: never saved for the backward pass where
+# devices hold parts.
+GATHERING = (
+    "optimization_barrier", "all_gather", "bitcast_convert_type", "convert_element_type", "concatenate"
+)  # fmt: skip
 Whole = Callable[[str, Params], Params] | None  # (stack, parts of one layer's weights) -> whole ones
 
 
@@ -300,7 +304,7 @@ def _gathering(run, whole: Callable[[Params], Params]):
     def gathering(i, carry, x0, p, kv):
         # Weights alone would be made whole for all loops at once, before the first.
         p, carry = jax.lax.optimization_barrier((p, carry))
-        return run(i, carry, x0, checkpoint_name(whole(p), "whole"), kv)
+        return run(i, carry, x0, whole(p), kv)
 
     return gathering
 
@@ -311,7 +315,7 @@ def _remat(cfg: ModelConfig, run, whole: Whole = None, remat: str = ""):
     if remat == "none" and whole is None:
         return run
     policies = {
-        "none": jax.checkpoint_policies.save_anything_except_these_names("whole"),
+        "none": lambda primitive, *_, **__: primitive.name not in GATHERING,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
     return jax.checkpoint(run, policy=policies.get(remat), static_argnums=0)

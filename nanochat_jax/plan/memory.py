@@ -113,6 +113,9 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
             work = max(work, tokens * (whole + emulated))
     else:
         copying = applied - (m.loop.count - 1) * m.layers * scans  # copies are the same in every loop
+        copying = (
+            0 if cfg.mesh.fsdp > 1 and parallel.own_rows(cfg.mesh) else copying
+        )  # gathered again instead
         saved = tokens * one * held + copied_bytes(m, platform, tensor) * copying
         work = tokens * (whole - kept + streams + emulated)
     work += gathered(m, cfg.mesh, sizes)

@@ -3,9 +3,9 @@
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.config import ConfigError
+from nanochat_jax.config import ConfigError, FilterConfig, MtpConfig, validate
 from nanochat_jax.model import transformer
-from nanochat_jax.plan import memory, report
+from nanochat_jax.plan import fit, memory, report
 from nanochat_jax.plan.devices import DEVICES, USABLE
 
 CARDS = {"config_a": "rtxpro6000", "config_b": "rtx4090", "config_c": "rtx4090"}
@@ -60,6 +60,20 @@ def test_published_mixtures(name):
     assert tuple(round(100 * weight) for *_, weight in mix) == MIX[name]
     other = cli.get_config(name, **{"data.mix": (), "data.source": "rust"})
     assert other.data.source == "rust" and not other.data.mix
+
+
+@pytest.mark.parametrize("name", EXIT_ENTROPY)
+def test_exits_go_with_every_other_technique(name):
+    """Further tokens, streams and FP4 beside the exits; filtering, which has its own loss, in their place."""
+    cfg = cli.get_config(name)
+    more = {"model.mtp": MtpConfig(depth=2), "train.loss": (*cfg.train.loss, ("mtp", 0.2))}
+    more |= {"model.quant": "ternary_nvfp4", "model.quant_group": 0}
+    assert validate(fit.changed(cfg, more)) is None and cfg.model.mhc.streams > 1
+    more |= {"model.filter": FilterConfig(0.5, "random"), "model.remat": "none"}
+    with pytest.raises(ConfigError, match="learns from all"):
+        validate(fit.changed(cfg, more))
+    more |= {"model.loop.gate": "none", "train.loss": (("next_token", 1.0), ("mtp", 0.2))}
+    assert validate(fit.changed(cfg, more)) is None
 
 
 @pytest.mark.parametrize("name", COUNTS)

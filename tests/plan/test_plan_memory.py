@@ -280,7 +280,11 @@ def test_counts():
 
 @pytest.mark.slow
 def test_compiled_figures():
-    """The flag --compile: XLA's arguments are the predicted ones, over two devices."""
+    """The flag --compile: XLA's arguments and collectives are the predicted ones, over two devices."""
     small = dataclasses.replace(SMALL, dim=16, heads=1, kv_heads=1, mlp_dim=16, layers=2)
     cfg = config(small, OptConfig(matrix=GroupConfig(name="lion")), MeshConfig(fsdp=2), seq_len=8, batch=2)
-    assert report.compile_step(cfg)["arguments"] == memory.predict(cfg, "cpu").arguments
+    figures = report.compile_step(cfg)
+    assert figures["arguments"] == memory.predict(cfg, "cpu").arguments
+    assert figures["expected"] and not figures["sometimes"]
+    for kind, size in figures["traffic"].items():  # the loss, metrics and norms beside it: scalars
+        assert size == pytest.approx(figures["expected"].get(kind, 0), abs=500)
