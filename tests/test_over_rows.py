@@ -88,6 +88,7 @@ def test_sums_and_bytes(mesh):
     step, given = compiled(cfg)
     got = step(*given)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-6), got, alone())
+    assert "u16[" not in step.as_text()
     if "tensor" not in mesh:
         assert_bytes(step, cfg)
 
