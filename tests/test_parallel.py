@@ -44,3 +44,35 @@ def test_newton_schulz_runs_on_each_devices_own_matrices(sizes):
     shapes = [re.search(r"= f32\[([\d,]+)\]\S* dot\(", line) for line in text.splitlines()]
     shapes = [tuple(map(int, found[1].split(","))) for found in shapes if found]
     assert shapes and all(math.prod(shape[:-2]) == 1 for shape in shapes), shapes  # one matrix of the four
+
+
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 2, 4), (4, 2, 1)]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("each", [1, 2, 4, 8])
+def test_every_process_loads_the_rows_of_its_devices(sizes, each):
+    """Eight devices shared by 8 / each processes, the devices of a process in a row, as jax orders them."""
+    mesh, rows = parallel.mesh(MeshConfig(*sizes)), 16
+    held = {}
+    for device, (part, *_) in parallel.batch_sharding(mesh).devices_indices_map((rows, 3)).items():
+        held.setdefault(device.id // each, set()).update(range(rows)[part])
+    shares = set()
+    for process, wanted in held.items():
+        index, count = parallel.data_shard(mesh, lambda device: device.id // each, process)
+        assert set(range(index * rows // count, (index + 1) * rows // count)) == wanted
+        shares.add((index, count))
+    assert {index for index, _ in shares} == set(range(next(iter(shares))[1]))  # together all rows
+
+
+def test_rows_that_are_no_block_are_refused():
+    mesh = parallel.mesh(MeshConfig(4, 1, 2))
+    with pytest.raises(ValueError, match=r"process 0 holds the parts \[0, 2\] of 4 of a batch"):
+        parallel.data_shard(mesh, lambda device: device.id // 2 % 2, 0)
+    uneven = {0: 0, 1: 0, 2: 0, 3: 0, 4: 0, 5: 0, 6: 1, 7: 1}
+    with pytest.raises(ValueError, match="must be blocks of one size"):
+        parallel.data_shard(mesh, lambda device: uneven[device.id], 1)
+
+
+def test_one_process_loads_everything():
+    assert parallel.data_shard(parallel.mesh(MeshConfig(2, 2, 2))) == (0, 1)
