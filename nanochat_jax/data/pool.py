@@ -170,6 +170,8 @@ class PoolIterator(grain.DatasetIterator):
         with self._change:
             self._fill()
             while (k := self._choose()) is None:
+                if self._stopped:  # closed by another thread
+                    raise ValueError("the pool was closed while a sample was awaited")
                 self._change.wait()
             value, error = self._done.pop(k)
             if error is None:

@@ -249,6 +249,36 @@ def test_closing_ends_the_threads():
     assert threading.active_count() == before
 
 
+def test_closing_ends_a_wait():
+    """Grain's prefetching thread may be waiting for a sample when its owner closes."""
+    gate, errors = threading.Event(), []
+
+    class Stuck:
+        def __getitem__(self, k):
+            gate.wait(20)
+            return k
+
+    stream = iter(pool.Pool(Stuck(), 1, 4))
+
+    def wait():
+        try:
+            next(stream)
+        except ValueError as error:
+            errors.append(str(error))
+
+    consumer = threading.Thread(target=wait)
+    consumer.start()
+    closing = threading.Thread(target=stream.close)
+    while not stream._threads:
+        time.sleep(0.001)
+    closing.start()
+    consumer.join(10)
+    assert not consumer.is_alive() and "closed" in errors[0]
+    gate.set()
+    closing.join(10)
+    assert not closing.is_alive()
+
+
 def test_no_more_than_the_window_is_begun():
     begun = []
 
