@@ -14,6 +14,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,6 +58,7 @@ def encoded(
     words = [json.dumps(sys.path), str(tokenizer), str(work), str(folder), dtype]
     command = [sys.executable, "-c", START, *words]
     idle: queue.Queue[subprocess.Popen[str] | None] = queue.Queue()
+    writing = threading.Lock()
     for _ in range(count):
         idle.put(None)
 
@@ -76,6 +78,9 @@ def encoded(
                 if "error" in answer:
                     raise WorkerError(f"block {index}: {answer['error']}")
                 if answer:
+                    with writing:
+                        log.write(json.dumps(answer) + "\n")
+                        log.flush()
                     return answer
             status = child.returncode if child else None
             raise WorkerError(
@@ -86,10 +91,11 @@ def encoded(
             idle.put(child)
 
     with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(ledger, "a"))
+        log.write("\n")  # the last line may be torn
         stack.callback(_end, idle)
         threads = ThreadPoolExecutor(count)
         stack.callback(threads.shutdown, cancel_futures=True)
-        log = stack.enter_context(open(ledger, "a"))
         rest, waiting = iter(due), collections.deque()
         for index, block in rest:
             waiting.append(threads.submit(made, index, block))
@@ -97,9 +103,6 @@ def encoded(
                 break
         while waiting:
             entry = waiting.popleft().result()
-            if entry["block"] not in known:
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
             yield _read(folder, entry, dtype)
             _path(folder, entry["block"]).unlink()  # the reader came back, so it has recorded the block
             for index, block in rest:
