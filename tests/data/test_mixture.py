@@ -105,6 +105,14 @@ def test_a_parts_order_does_not_depend_on_the_others(trees, made):
     assert order["three"] == order["two"]
 
 
+def test_parts_of_one_size_have_orders_of_their_own(trees, made):
+    corpus = made.parts[0].corpus
+    twins = mixture.Mixture((mixture.Part("one", 0.5, corpus), mixture.Part("two", 0.5, corpus)))
+    rows = [pipeline.batch_at(config(trees), twins, 0, step)["tokens"] for step in range(4)]
+    flat = [row.tobytes() for row in np.concatenate(rows)]
+    assert flat[::2] != flat[1::2]
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("count", [1, 2])
 def test_batches_are_a_function_of_seed_and_step(trees, made, workers, count):
