@@ -3,7 +3,8 @@ prediction, token filtering, GaLore over 8-bit Muon. The tiny model, on a laptop
 
 It shows that the techniques work together, not that together they are better: see experiments/e3.
 Tokens are filtered at random, because scores that help need another model's losses
-(--config.model.filter.score=excess --config.data.reference=<file>, see evals/reference.py).
+(`python -m nanochat_jax.evals --workdir=<its run> --config=configs/e3_full.py --reference=<file>`, then
+--config.model.filter.score=excess --config.data.reference=<file>).
 Run: python -m nanochat_jax.train --config=configs/e3_full.py
 Argument: as for tiny.py
 """

@@ -96,6 +96,34 @@ def test_pairs_that_cannot_be_are_refused(pair):
         together(*pair)
 
 
+@pytest.mark.slow
+def test_what_follows_the_step_on_several_devices():
+    """A scheduled weight, first steps of all tokens and running averages: the same as on one device, and all
+    of it in the checkpoint's state."""
+    settings = {
+        "train.loss": (("next_token", 1.0), ("z", ((1, 0.0), (3, 1e-2)))),
+        "model.filter.keep": 0.5, "model.filter.score": "ema", "model.filter.warmup": 2,
+    }  # fmt: skip
+    made = []
+    for sizes in ({}, {"mesh.data": 2, "mesh.fsdp": 2}):
+        cfg = cli.get_config("tiny", **SMALL, **settings, **sizes)
+        parts, seen = program.Parts(cfg), []
+        state = parts.fresh(cfg.seed)
+        for i in range(4):
+            state, metrics = parts.step(state, parallel.shard_batch(arrays(i), parts.mesh))
+            seen.append(
+                [float(metrics[name]) for name in ("loss/total", "filter/kept_share", "loss/weight_z")]
+            )
+        made.append((np.array(seen), np.asarray(state.opt_state.table)))
+        assert parts.step._cache_size() == 1
+    (one, table), (several, spread) = made
+    np.testing.assert_allclose(one[:, 2], [0, 0, 5e-3, 1e-2], rtol=1e-5)
+    np.testing.assert_allclose(one[:2, 1], 1, rtol=1e-5)
+    assert np.all(one[2:, 1] < 0.7) and np.abs(table - np.log(256)).max() > 1e-3
+    np.testing.assert_allclose(several, one, rtol=1e-3)
+    np.testing.assert_allclose(spread, table, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def everything():
     cfg = together(*TECHNIQUES)
