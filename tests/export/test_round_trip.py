@@ -147,7 +147,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         ("hidden_act", "gelu", "hidden_act = 'gelu'"),
         ("num_hidden_layers", 3, "no tensor model.layers.2"),
         ("num_hidden_layers", 1, "tensors that llama does not know"),
-        ("intermediate_size", 64, "blocks/mlp/gate has shape"),
+        ("intermediate_size", 64, "blocks/mlp/down has shape"),
         ("num_key_value_heads", 3, "must be a multiple of"),
         ("quantization_config", {"quant_method": "gptq"}, "quantization 'gptq' is not read"),
         ("vocab_size", None, "lacks vocab_size"),
