@@ -30,12 +30,9 @@ TERNARY = ("tq1_0", "tq2_0")
 
 def obstacles(cfg: ModelConfig, kind: str) -> list[str]:
     """What keeps a model from being written as GGUF of a type: `setting = value (what would do)`."""
-    architecture = next((n for n in variants.SHAPES if not variants.obstacles(cfg, n)), None)
-    if architecture not in ARCHITECTURES:
-        name, found = variants.nearest(cfg)
-        if architecture:  # a public one that llama.cpp lacks
-            name, found = "arcee", variants.obstacles(cfg, "arcee")
-        return [f"nearest to {name}: {item}" for item in found]
+    architecture, found = variants.nearest(cfg, ARCHITECTURES)
+    if found:
+        return [f"the nearest is {architecture}, but {', '.join(found)}"]
     found = []
     if architecture == "bitnet" and (cfg.mlp != "swiglu" or not cfg.tied):
         found.append(

@@ -15,7 +15,7 @@ TURNS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_e
 # Split pattern of tokenizer.json -> name that llama.cpp has for it. The first differs from the second in
 # the digits that a token may span; see `pre`. "smaug-bpe" is "llama-bpe" without the shortcut of taking
 # a word that is a token as that token, whatever the merges give.
-DIGITS = re.compile(r"\\p\{N\}(\{1,\d\}|\+)?")
+DIGITS = re.compile(r"(?<=\|)\\p\{N\}(\{1,\d\}|\+)?(?=\|)")
 GPT4_STYLE = DIGITS.sub("#", SPLIT)
 PRE = {r"\p{N}{1,3}": "smaug-bpe", r"\p{N}": "qwen2"}
 CONTRACTIONS = {r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|": r"'(?i:[sdmt]|ll|ve|re)|"}  # ways to write the same

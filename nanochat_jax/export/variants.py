@@ -101,9 +101,9 @@ def architecture(cfg: ModelConfig) -> str:
     return next((name for name in SHAPES if not obstacles(cfg, name)), OWN)
 
 
-def nearest(cfg: ModelConfig) -> tuple[str, list[str]]:
+def nearest(cfg: ModelConfig, among: tuple[str, ...] = tuple(SHAPES)) -> tuple[str, list[str]]:
     """The public architecture with the fewest obstacles, and these."""
-    name = min(SHAPES, key=lambda n: len(obstacles(cfg, n)))
+    name = min(among, key=lambda n: len(obstacles(cfg, n)))
     return name, obstacles(cfg, name)
 
 

@@ -69,7 +69,7 @@ def test_the_check_notices_wrong_weights(tmp_path, monkeypatch):
 
 def test_ternary_scale_is_the_model_s(tmp_path):
     """The absmean scale of training, not one measured anew on rounded weights (which is about 0.7 of it)."""
-    path, cfg, params = written(tmp_path, {"quant": "ternary"}, "tq2_0")
+    path, _, params = written(tmp_path, {"quant": "ternary"}, "tq2_0")
     back = gguf.read(path)[1]["blk.0.ffn_up.weight"]
     scale = np.abs(params["blocks"]["mlp"]["up"][0]).mean()
     assert np.unique(np.abs(back)).size == 2 and np.abs(back).max() == pytest.approx(scale, rel=2**-11)

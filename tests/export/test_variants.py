@@ -81,7 +81,7 @@ def test_formats_without_a_form_are_refused(quant):
         ({"quant": "ternary", "quant_group": 16}, "tq1_0", "has one scale per 256 inputs"),
         ({"mlp_dim": 40}, "q8_0", "model.mlp_dim = 40 (needs a multiple of 32)"),
         ({"sub_norm": True}, "f16", "llama.cpp's bitnet has SiLU and a tied head"),
-        (CASES["nanochat"][1], "f16", "nearest to arcee"),
+        (CASES["nanochat"][1], "f16", "the nearest is arcee, but model.qk_norm"),
     ],
 )
 def test_gguf_obstacles_are_named(settings, kind, said):
