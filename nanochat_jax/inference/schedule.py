@@ -138,96 +138,155 @@ def run(
     A request that cannot be answered ends with "error" and leaves the others alone.
     """
     slots = allocate(engine) if slots is None else slots
-    jobs: list[Job | None] = [None] * engine.slots
-    held: list[list[int]] = [[] for _ in jobs]  # tokens that the slot's cache holds for sure
-    said: list[list[int]] = [[] for _ in jobs]  # tokens of the answer that the host has read
-    draws = [0] * engine.slots  # dispatched draws of the answer; 0 while its prompt is read
-    used = [0] * engine.slots  # turn in which the slot was last given away
+    table = _Table.of(engine.slots)
     reading: _Reading | None = None
-    unread: deque[tuple[device.Drawn, list[tuple[int, Job]]]] = deque()
-    turn = 0
+    try:
+        while True:
+            for slot, job in enumerate(table.jobs):
+                if job is not None and job.cancelled():
+                    _end(table, slot, "cancelled")
+            if reading is not None and table.jobs[reading.slot] is None:
+                reading = None
+            if reading is None and None in table.jobs:
+                idle = not table.unread and all(job is None for job in table.jobs)
+                job = take(idle)
+                if job is None and idle:
+                    return
+                if job is not None and _starts(engine, job):
+                    reading = _place(job.request.prompt, table)
+                    slots = _admit(engine, slots, reading.slot, job.request)
+                    _seat(table, reading, job)
+                    observe("prompt_tokens", len(job.request.prompt))
+                    observe("reused_tokens", reading.start)
+            before = len(table.unread)
+            if reading is not None:
+                slots, reading = _read_piece(engine, table, slots, reading)
+            slots = _step_active(engine, table, slots)
+            worked = reading is not None or len(table.unread) > before
+            while len(table.unread) > (1 if worked else 0):
+                _hand_out(table, observe)
+            observe("active_slots", sum(job is not None for job in table.jobs))
+            observe(
+                "kv_tokens", sum(len(table.held[i]) for i, job in enumerate(table.jobs) if job is not None)
+            )
+    except BaseException:
+        for slot in range(engine.slots):
+            _end(table, slot, "error", "the model failed")
+        raise
 
-    def end(slot: int, reason: str, message: str = "") -> None:
-        nonlocal reading
-        job, jobs[slot] = jobs[slot], None
-        draws[slot] = 0
-        if reading is not None and reading.slot == slot:
-            reading = None
-        if job is not None:
-            job.finish(reason, message)
 
-    def hear(slot: int, job: Job, token: Token, finite: bool) -> None:
-        """Hand out a token that was drawn, and end the answer if it was the last."""
-        if not finite:
-            held[slot] = []
-            end(slot, "error", f"non-finite logits at token {len(said[slot])} of the answer (slot {slot})")
-        elif token.id in job.request.stop_ids:
-            held[slot] += said[slot][-1:]
-            end(slot, "stop")
-        else:
-            held[slot] += said[slot][-1:]
-            said[slot].append(token.id)
-            observe("tokens", 1)
-            if not job.emit(token):
-                end(slot, "stop")
-            elif len(said[slot]) >= job.request.max_tokens:
-                end(slot, "length")
+class _Drawing(NamedTuple):
+    """A dispatched draw, and (row of the draw, slot, job) that it is for."""
 
-    while True:
-        turn += 1
-        for slot, job in enumerate(jobs):
-            if job is not None and job.cancelled():
-                end(slot, "cancelled")
-        busy = any(job is not None for job in jobs)
-        if reading is None and None in jobs:
-            job = take(not busy and not unread)
-            if job is None and not busy and not unread:
-                return
-            if job is not None and _starts(engine, job):
-                reading = _place(job.request.prompt, jobs, held, used)
-                slot = reading.slot
-                jobs[slot], said[slot], used[slot] = job, [], turn
-                held[slot] = list(job.request.prompt[: reading.start])
-                slots = _admit(engine, slots, slot, job.request)
-                observe("prompt_tokens", len(job.request.prompt))
-                observe("reused_tokens", reading.start)
-        worked = False
-        if reading is not None:
-            slot, job = reading.slot, jobs[reading.slot]
-            assert job is not None
-            piece = job.request.prompt[reading.start : reading.start + engine.chunk]
-            last = reading.start + len(piece) == len(job.request.prompt)
-            slots, drawn = _fill(engine, slots, reading, piece, last)
-            held[slot] += piece
-            reading = None if last else _Reading(slot, slot, reading.start + len(piece))
-            if last:
-                draws[slot] = 1
-                unread.append((drawn, [(slot, job)]))
-            worked = True
-        active = [
-            (slot, job) for slot, job in enumerate(jobs)
-            if job is not None and 0 < draws[slot] < job.request.max_tokens
-        ]  # fmt: skip
-        if active:
-            mask = np.zeros(engine.slots, bool)
-            mask[[slot for slot, _ in active]] = True
-            slots, drawn = _step(engine, slots, mask, any(job.request.top for _, job in active))
-            for slot, _ in active:
-                draws[slot] += 1
-            unread.append((drawn, active))
-            worked = True
-        while len(unread) > (1 if worked else 0):
-            drawn, rows = unread.popleft()
-            read = jax.device_get(drawn)
-            single = len(read.token) == 1 and engine.slots > 1
-            for slot, job in rows:
-                if jobs[slot] is job:
-                    row = 0 if single else slot
-                    hear(slot, job, _token(read, row, job.request.top), bool(read.finite[row]))
-                    if read.depth[row]:
-                        observe("depth", float(read.depth[row]))
-        observe("active_slots", sum(job is not None for job in jobs))
-        observe("kv_tokens", sum(len(h) for h, job in zip(held, jobs, strict=True) if job is not None))
+    drawn: device.Drawn
+    rows: list[tuple[int, int, Job]]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What the host knows of each slot; `run` changes it."""
+
+    jobs: list[Job | None]
+    held: list[list[int]]  # tokens that the slot's cache holds for sure
+    said: list[list[int]]  # tokens of the answer that the host has read
+    draws: list[int]  # dispatched draws of the answer; 0 while its prompt is read
+    used: list[int]  # when the slot was last given away
+    unread: deque[_Drawing]  # in the order of their dispatch
+
+    @staticmethod
+    def of(slots: int) -> "_Table":
+        """All slots free."""
+        return _Table(
+            [None] * slots,
+            [[] for _ in range(slots)],
+            [[] for _ in range(slots)],
+            [0] * slots,
+            [0] * slots,
+            deque(),
+        )
+
+
+def _seat(table: _Table, at: _Reading, job: Job) -> None:
+    """Give the slot to the job."""
+    table.jobs[at.slot], table.said[at.slot], table.draws[at.slot] = job, [], 0
+    table.used[at.slot] = 1 + max(table.used)
+    table.held[at.slot] = list(job.request.prompt[: at.start])
+
+
+def _end(table: _Table, slot: int, reason: str, message: str = "") -> None:
+    """Free the slot and tell who waits. What its cache holds stays, for a prompt that begins alike."""
+    job, table.jobs[slot] = table.jobs[slot], None
+    table.draws[slot] = 0
+    if job is not None:
+        job.finish(reason, message)
+
+
+def _read_piece(
+    engine: Engine, table: _Table, slots: device.Slots, at: _Reading
+) -> tuple[device.Slots, _Reading | None]:
+    """Read the next piece of a prompt; with the last one the first token of the answer is drawn."""
+    job = table.jobs[at.slot]
+    assert job is not None
+    piece = job.request.prompt[at.start : at.start + engine.chunk]
+    end = at.start + len(piece)
+    last = end == len(job.request.prompt)
+    slots, drawn = _fill(engine, slots, at, piece, last)
+    table.held[at.slot] += piece
+    if not last:
+        return slots, _Reading(at.slot, at.slot, end)
+    table.draws[at.slot] = 1
+    table.unread.append(_Drawing(drawn, [(0, at.slot, job)]))
+    return slots, None
+
+
+def _step_active(engine: Engine, table: _Table, slots: device.Slots) -> device.Slots:
+    """Add a token to every row whose answer may have one more."""
+    active = [
+        (slot, slot, job) for slot, job in enumerate(table.jobs)
+        if job is not None and 0 < table.draws[slot] < job.request.max_tokens
+    ]  # fmt: skip
+    if not active:
+        return slots
+    mask = np.zeros(engine.slots, bool)
+    for _, slot, _ in active:
+        mask[slot] = True
+        table.draws[slot] += 1
+    slots, drawn = _step(engine, slots, mask, any(job.request.top for _, _, job in active))
+    table.unread.append(_Drawing(drawn, active))
+    return slots
+
+
+def _hand_out(table: _Table, observe: Callable[[str, float], None]) -> None:
+    """Wait for the oldest draw and give its tokens to those who still want them."""
+    drawn, rows = table.unread.popleft()
+    read = jax.device_get(drawn)
+    for row, slot, job in rows:
+        if table.jobs[slot] is not job:
+            continue  # the answer has ended meanwhile: drawn too many
+        if read.depth[row]:
+            observe("depth", float(read.depth[row]))
+        _hear(table, slot, job, _token(read, row, job.request.top), bool(read.finite[row]), observe)
+
+
+def _hear(
+    table: _Table, slot: int, job: Job, token: Token, finite: bool, observe: Callable[[str, float], None]
+) -> None:
+    """Hand out one token, and end the answer if it was the last."""
+    said = table.said[slot]
+    if not finite:
+        table.held[slot] = []
+        _end(table, slot, "error", f"non-finite logits at token {len(said)} of the answer (slot {slot})")
+        return
+    table.held[slot] += said[-1:]  # it was fed when this token was drawn
+    if token.id in job.request.stop_ids:
+        _end(table, slot, "stop")
+        return
+    said.append(token.id)
+    observe("tokens", 1)
+    if not job.emit(token):
+        _end(table, slot, "stop")
+    elif len(said) >= job.request.max_tokens:
+        _end(table, slot, "length")
 
 
 def _starts(engine: Engine, job: Job) -> bool:
@@ -243,9 +302,10 @@ def _starts(engine: Engine, job: Job) -> bool:
     return True
 
 
-def _place(prompt: tuple[int, ...], jobs: list, held: list[list[int]], used: list[int]) -> _Reading:
+def _place(prompt: tuple[int, ...], table: _Table) -> _Reading:
     """A free slot for the prompt, and what it can begin with. The last token is always read anew: its
     logits are wanted."""
+    jobs, held, used = table.jobs, table.held, table.used
     common = [_common(prompt[:-1], tokens) for tokens in held]
     free = [slot for slot, job in enumerate(jobs) if job is None]
     source = max(range(len(jobs)), key=lambda slot: (common[slot], jobs[slot] is None))
@@ -253,7 +313,7 @@ def _place(prompt: tuple[int, ...], jobs: list, held: list[list[int]], used: lis
         slot = min(free, key=lambda slot: used[slot])
         return _Reading(slot, slot, 0)
     others = [slot for slot in free if slot != source]
-    # In its own place only if nothing is lost by that, or there is no other: the next request may begin alike.
+    # In its own place only if nothing is lost by that, or there is no other: the next one may begin alike.
     own = jobs[source] is None and (not others or common[source] == len(held[source]))
     slot = source if own else min(others, key=lambda slot: used[slot])
     return _Reading(slot, source, common[source])

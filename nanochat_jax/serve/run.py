@@ -8,7 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import uvicorn
+try:
+    import uvicorn
+except ModuleNotFoundError:
+    needed = "this needs the 'serve' extra: pip install \"nanochat_jax[serve]\""
+    raise ModuleNotFoundError(needed, name="uvicorn") from None
 
 from nanochat_jax import __version__
 from nanochat_jax.config import Config, ConfigError, InferConfig

@@ -87,7 +87,7 @@ def work(service: Service) -> None:
         while True:
             service.beat[0] = time.monotonic()
             try:
-                return service.inbox.get(timeout=0.1 if idle else 0) if idle else service.inbox.get_nowait()
+                return service.inbox.get(timeout=0.1) if idle else service.inbox.get_nowait()
             except queue.Empty:
                 if not idle or service.closing.is_set():
                     return None

@@ -232,11 +232,23 @@ def test_a_prompt_is_read_between_the_tokens_of_others():
 def test_non_finite_logits_end_one_request_only():
     params = params_of()
     bad = params | {"embed": params["embed"].at[7].set(jnp.nan)}
-    made = engine_of(params=bad, slots=2)
+    made = engine_of(params=bad)
     good = [schedule.Request((3, 4, 5), 6, temperature=0.0, bias={7: -100.0}, seed=i) for i in range(3)]
     ids, ends = answer(made, [schedule.Request((7, 1), 5), *good])
     assert ends[0] == ("error", "non-finite logits at token 0 of the answer (slot 0)") and ids[0] == []
     assert ends[1:] == [("length", "")] * 3 and ids[1] == ids[2] == ids[3] == answer(engine_of(), good)[0][0]
+
+
+def test_a_failure_is_told_to_everybody(monkeypatch):
+    ends, waiting = [], []
+    for i in range(2):
+        request = schedule.Request((5, 6 + i), 20)
+        waiting.append(schedule.Job(request, lambda token: True, lambda *end: ends.append(end)))
+    steps, real = iter(range(9)), schedule._step
+    monkeypatch.setattr(schedule, "_step", lambda *words: real(*words) if next(steps) < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        schedule.run(engine_of(), lambda idle: waiting.pop() if waiting else None)
+    assert ends == [("error", "the model failed")] * 2
 
 
 def test_controls_reach_the_draw():

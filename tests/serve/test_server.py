@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import socket
 import threading
+from pathlib import Path
 
 import jax
 import pytest
@@ -383,6 +384,22 @@ def test_a_reader_that_does_not_read_is_dropped(server, monkeypatch):
         until(lambda: made.metrics.get("active_slots") == 0 and made.inbox.empty(), 60)
     until(lambda: not made.open_requests[0])
     assert made.metrics.get("cancelled_total") >= before
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(server, port):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc")
+    sizes = []
+    for _ in range(4):
+        for i in range(500):
+            assert ask(port, TEXT, {"prompt": f"{i}", "max_tokens": 2, "stream": i % 2 == 0})[0] == 200
+        sizes.append(resident())
+    assert sizes[-1] - sizes[0] < 16 * 2**20, sizes
+    assert server[0].metrics.get("active_slots") == 0 and not server[0].open_requests[0]
 
 
 def test_key_files(tmp_path):
