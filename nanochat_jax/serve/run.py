@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 try:
-    import uvicorn
+    import uvicorn  # type: ignore[import-not-found]
 except ModuleNotFoundError:
     needed = "this needs the 'serve' extra: pip install \"nanochat_jax[serve]\""
     raise ModuleNotFoundError(needed, name="uvicorn") from None
