@@ -24,6 +24,7 @@ Send = Callable[[dict], Awaitable[None]]
 log = logging.getLogger("nanochat_jax")
 PAGE = Path(__file__).parent / "chat.html"
 JSON = "application/json"
+MAX_HEADERS = 16 * 1024  # bytes
 
 
 def make_app(service: Service) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
@@ -89,6 +90,8 @@ async def _answer(
     policy: str,
 ) -> None:
     headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+        raise ApiError(431, f"the headers may have {MAX_HEADERS} bytes")
     _check_host(service, headers)
     if route not in ROUTES:
         path = route.split(" ", 1)[1]

@@ -17,12 +17,11 @@ except ModuleNotFoundError:
 from nanochat_jax import __version__
 from nanochat_jax.config import Config, ConfigError, InferConfig
 from nanochat_jax.inference import load
-from nanochat_jax.serve.app import make_app
+from nanochat_jax.serve.app import MAX_HEADERS, make_app
 from nanochat_jax.serve.service import Limits, Service, work
 
 log = logging.getLogger("nanochat_jax")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-MAX_HEADERS = 16 * 1024  # bytes
 POLL = 0.05  # seconds between looks at what has happened
 
 
