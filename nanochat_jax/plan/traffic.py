@@ -70,7 +70,7 @@ def gradients(cfg: Config) -> Bytes:
 def applied(cfg: Config, stack: str) -> int:
     """Times that a training step runs a stack of layers on each row."""
     times = {"before": 1, "blocks": cfg.model.loop.count, "after": loop.readouts(cfg.model)}
-    return times.get(stack, 1)
+    return times[stack]
 
 
 def activations(cfg: Config, platform: str) -> Bytes:

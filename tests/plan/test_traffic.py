@@ -186,11 +186,16 @@ def test_stored_compilations_agree(name):
     """XLA's figures of experiments/plan/exchange.py. Without tensor, what over_rows exchanges is exact, and
     the rest, the optimizer, a small share of it."""
     found, cfg = STORED[name], exchange.case(name)
-    assert found["expected"] == pytest.approx(traffic.predict(cfg, "cpu"))
+    alone = name.startswith(exchange.GRADIENTS)
+    assert found["expected"] == pytest.approx(
+        traffic.gradients(cfg) if alone else traffic.predict(cfg, "cpu")
+    )
     assert found["microbatches"] == cfg.train.microbatches
     measured, expected = (sum(found[key].values()) for key in ("traffic", "expected"))
     if cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor == 1:
         assert measured == expected == 0
+    elif alone:
+        assert expected == pytest.approx(measured, abs=1000)  # of scalars
     elif cfg.mesh.tensor == 1:
         assert 0.5 * measured <= expected <= 1.1 * measured
         assert found["traffic"].get("reduce-scatter", 0) == traffic.gradients(cfg).get("reduce-scatter", 0)
