@@ -31,8 +31,8 @@ def exchanged(hlo: str, devices: int) -> tuple[Bytes, Bytes]:
     bodies, entry = _computations(hlo)
     if entry not in bodies:
         raise ValueError("no ENTRY computation in the HLO text")
-    always: Bytes = collections.Counter()
-    sometimes: Bytes = collections.Counter()
+    always: Bytes = collections.defaultdict(float)
+    sometimes: Bytes = collections.defaultdict(float)
 
     def walk(name: str, times: float, sure: bool) -> None:
         for shape, op, rest in bodies[name]:
