@@ -299,6 +299,7 @@ def test_no_averages_where_nobody_reads_them(cfg):
     assert collider.averaging(tx, cfg, V) is tx and collider.recall(tx.init({}), jnp.zeros((1, 1))) is None
 
 
+@pytest.mark.slow
 def test_first_steps_learn_from_all_tokens_and_then_the_averages_choose(key):
     """Step 0 is the unfiltered one, step 1 that of "excess" over the table that step 0 left. One trace."""
     cfg, batch = of(layers=1, filter=FilterConfig(0.5, "ema", decay=0.5, warmup=1)), rows(4)
