@@ -59,6 +59,10 @@ def unsupported(cfg: ModelConfig) -> list[str]:
                 "ckpt.init_from) and export that"
             )
             break
+    if cfg.loop.inject == "linear":
+        found.append(
+            "model.loop.inject = 'linear' is not in the exported modelling file; train with 'add' or 'none'"
+        )
     return found
 
 

@@ -9,7 +9,7 @@ import jax
 from nanochat_jax import checkpoint, parallel
 from nanochat_jax import params as params_lib
 from nanochat_jax import tokenizer as tokenizers
-from nanochat_jax.config import Config, InferConfig, MeshConfig, ModelConfig
+from nanochat_jax.config import Config, ConfigError, InferConfig, MeshConfig, ModelConfig
 from nanochat_jax.inference import engine, schedule
 from nanochat_jax.model import transformer
 from nanochat_jax.quant import pack
@@ -40,6 +40,11 @@ def load_engine(
     cfg: Config, workdir: Path, settings: InferConfig, slots: int
 ) -> tuple[schedule.Engine, tokenizers.Tokenizer]:
     """A run's model for continuous batching, and its tokenizer. Raises: CheckpointError, ValueError."""
+    if settings.loop_cache != "all":
+        raise ConfigError(
+            "'infer.loop_cache' must be 'all' for the server and the chat: they read a prompt in pieces, and a "
+            "piece needs what every loop left of the ones before"
+        )
     tokenizer = tokenizers.load(workdir / "tokenizer.json")
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = jax.device_put(served(cfg.model, load_params(cfg, workdir), settings), one)

@@ -10,7 +10,7 @@ from export_models import CASES, OWN, REWRITTEN, build, config, weights
 from hypothesis import strategies as st
 
 from nanochat_jax import params as params_lib
-from nanochat_jax.config import InferConfig
+from nanochat_jax.config import InferConfig, LoopConfig
 from nanochat_jax.export import check, hf, importer, names, safetensors, variants
 from nanochat_jax.export.tokenization import Ids
 from nanochat_jax.export.variants import ExportError
@@ -98,6 +98,7 @@ def test_a_scale_that_the_type_would_round_is_refused(tmp_path):
         ({"quant": "ternary", "quant_group": 16}, "packed", "needs one scale per matrix"),
         ({"quant": "ternary", "mlp_dim": 46}, "packed", "outputs in multiples of 4"),
         ({"quant": "ternary", "softcap": 3.0}, "latent", "holds scale * code only"),
+        ({"loop": LoopConfig(2, inject="linear")}, "full", "is not in the exported modelling file"),
     ],
 )
 def test_forms_that_cannot_be(settings, wanted, said):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanochat_jax import params as params_lib
 from nanochat_jax import tokenizer as tokenizers
-from nanochat_jax.config import BLOCKS, InferConfig, ModelConfig
+from nanochat_jax.config import BLOCKS, Config, ConfigError, InferConfig, ModelConfig
 from nanochat_jax.inference import engine, load, sample
 from nanochat_jax.model import transformer
 from nanochat_jax.quant import project as projections
@@ -157,3 +157,8 @@ def test_command_line(tmp_path, child_env):
     assert again.stdout == text.stdout
     lost = call("nanochat_jax.inference", f"--workdir={tmp_path / 'no'}", "--prompt=x")
     assert lost.returncode == 2 and "is not a run: it has no config.json" in lost.stderr
+
+
+def test_pieces_of_a_prompt_need_every_loops_keys(tmp_path):
+    with pytest.raises(ConfigError, match=r"'infer.loop_cache' must be 'all' for the server and the chat"):
+        load.load_engine(Config(), tmp_path, InferConfig(loop_cache="last"), 1)
