@@ -1,5 +1,6 @@
 """Publish a run: python -m nanochat_jax.export --workdir=runs/tiny --out=published [--gguf=tq2_0,f16]"""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -36,15 +37,12 @@ def main(cfg: Config, call: cli.Invocation) -> int:
 
     options = publish.Options(
         gguf=tuple(filter(None, call.gguf.lower().split(","))), dtype=call.dtype, ternary=call.ternary,
-        name=call.push or call.name, license=call.license, context=call.context, check=call.check,
+        name=call.name or call.push, license=call.license, context=call.context, check=call.check,
         overwrite=call.overwrite,
     )  # fmt: skip
     if found := publish.problems(cfg, options):
         raise cli.UsageError("; ".join(found))
-
-    def report(line: str) -> None:
-        print(line, file=sys.stderr)
-
+    report = functools.partial(print, file=sys.stderr)
     words = tokenizer.load(home / "tokenizer.json")
     for line in publish.build(cfg, load.load_params(cfg, home), words, home, Path(call.out), options, report):
         report(line)

@@ -126,6 +126,6 @@ def _license() -> str | None:
     if beside.exists():
         return beside.read_text(encoding="utf-8")
     try:
-        return importlib.metadata.distribution(__name__.partition(".")[0]).read_text("licenses/LICENSE")
+        return importlib.metadata.distribution(variants.OWN).read_text("licenses/LICENSE")
     except importlib.metadata.PackageNotFoundError:
         return None

@@ -12,6 +12,7 @@ import pytest
 
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import ModelConfig
+from nanochat_jax.export import names, variants
 from nanochat_jax.model import transformer
 from nanochat_jax.quant import project as projections
 from nanochat_jax.quant import ternary
@@ -41,20 +42,12 @@ def make(cfg):
     )
 
 
-def to_torch(cfg, params, qk_norm):
-    """Our tree as a transformers state dict."""
-    out = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
-    out["lm_head.weight"] = params["embed"] if cfg.tied else params["head"].T
-    for i in range(cfg.layers):
-        attn, mlp = (jax.tree.map(lambda a: a[i], params["blocks"][part]) for part in ("attn", "mlp"))  # noqa: B023
-        prefix = f"model.layers.{i}."
-        out |= {f"{prefix}self_attn.{name}_proj.weight": attn[name].T for name in "qkvo"}
-        out |= {f"{prefix}mlp.{name}_proj.weight": mlp[name].T for name in ("gate", "up", "down")}
-        out[f"{prefix}input_layernorm.weight"] = attn["norm"]
-        out[f"{prefix}post_attention_layernorm.weight"] = mlp["norm"]
-        if qk_norm:
-            out |= {f"{prefix}self_attn.{name}_norm.weight": attn[f"{name}_norm"] for name in "qk"}
-    return {name: torch.tensor(np.array(value)) for name, value in out.items()}
+def to_torch(cfg, params, architecture):
+    """Our tree as a transformers state dict, by the table that exports use."""
+    shown, plain = variants.plain(cfg, params, architecture)
+    found = {e.name: names.take(shown, architecture, plain, e) for e in names.entries(shown, architecture)}
+    found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
+    return {name: torch.tensor(np.array(value)) for name, value in found.items()}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -72,7 +65,7 @@ def test_logits_equal_those_of_transformers(kind, tied):
     }[kind]
     theirs = model_class(config_class(**options)).eval()
     params = make(cfg)
-    theirs.load_state_dict(to_torch(cfg, params, kind == "qwen3"))
+    theirs.load_state_dict(to_torch(cfg, params, kind))
     tokens = np.random.default_rng(0).integers(0, 128, (2, 40))
     index = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32), (2, 40))
     ones = jnp.ones((2, 40), jnp.int32)
