@@ -153,7 +153,7 @@ class DataConfig:
     mix: tuple[
         tuple[str, str, float], ...
     ] = ()  # (name, source, weight) of each part; () = data.source alone
-    tokenizer: str = "bpe"  # bpe (trained on the source) | bytes | path of a tokenizer.json
+    tokenizer: str = "bpe"  # bpe, bpe3 (trained; digits in threes, for GGUF) | bytes | a tokenizer.json
     seq_len: int = 256  # tokens per row
     batch: int = 8  # rows per optimizer step, over all devices
     isolate: bool = True  # documents in one row do not attend to one another

@@ -32,6 +32,9 @@ SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# What a tokenizer that is trained here may be called. bpe3 cuts digits into threes, as Llama 3 does: llama.cpp
+# knows that rule, and no rule for pairs (see export.tokenization.pre).
+SPLITS = {"bpe": SPLIT, "bpe3": SPLIT.replace(r"\p{N}{1,2}", r"\p{N}{1,3}")}
 
 # Text that normalizers, prefixes and trimming would change.
 PROBE = "A  b\u00e9e\u0301 \u4f60\U0001f600\x00\r\n\t 12345 \u00a0\n "
@@ -158,17 +161,17 @@ class Tokenizer:
         return [vocab[character] for character in _CHARACTER]
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int, split: str = SPLIT) -> Tokenizer:
     """Train byte-level BPE; deterministic in the texts and their order.
 
     Args: vocab_size: ids at most, special tokens and the 256 bytes included; a small text gives
-    fewer, because a merge must be seen twice.
+    fewer, because a merge must be seen twice. split: what a token may span, one of SPLITS.
     Raises: ValueError if vocab_size leaves no room for the bytes.
     """
     least = len(SPECIAL) + 256
     if vocab_size < least:
         raise ValueError(f"vocabulary of {vocab_size} is too small: {least} ids are bytes and special tokens")
-    core = _untrained(models.BPE())
+    core = _untrained(models.BPE(), split)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -231,11 +234,11 @@ def _build(definition: str, where: str) -> Tokenizer:
     return built
 
 
-def _untrained(model: models.Model) -> tokenizers.Tokenizer:
+def _untrained(model: models.Model, split: str = SPLIT) -> tokenizers.Tokenizer:
     core = tokenizers.Tokenizer(model)
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

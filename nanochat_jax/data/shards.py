@@ -223,7 +223,7 @@ def _publish(made: Path, cache_dir: Path) -> Path:
 
 def tokenizer_name(cfg: DataConfig, vocab_size: int) -> str:
     """What determines the tokenizer besides the text. Raises: ConfigError, DataError."""
-    if cfg.tokenizer == "bpe":
+    if cfg.tokenizer in tokenizers.SPLITS:
         if cfg.source.startswith("tokens:"):
             raise ConfigError(
                 "a token file needs its tokenizer: set data.tokenizer to a tokenizer.json, or to bytes"
@@ -233,9 +233,11 @@ def tokenizer_name(cfg: DataConfig, vocab_size: int) -> str:
             raise ConfigError(
                 f"'model.vocab_size' = {vocab_size} must be at least {least}: bytes and special tokens"
             )
-        return f"bpe:{vocab_size}"
+        return f"{cfg.tokenizer}:{vocab_size}"
     if cfg.tokenizer != "bytes" and not Path(cfg.tokenizer).expanduser().is_file():
-        raise ConfigError(f"'data.tokenizer' must be bpe, bytes or a tokenizer.json, got '{cfg.tokenizer}'")
+        raise ConfigError(
+            f"'data.tokenizer' must be bpe, bpe3, bytes or a tokenizer.json, got '{cfg.tokenizer}'"
+        )
     known = _given_tokenizer(cfg)
     if known.vocab_size > vocab_size:
         raise ConfigError(
@@ -295,14 +297,15 @@ def _tokenizer(
     path = out / "tokenizer.json"
     if path.exists():
         return tokenizers.load(path)
-    if cfg.tokenizer != "bpe":
+    if cfg.tokenizer not in tokenizers.SPLITS:
         tokenizer = _given_tokenizer(cfg)
     else:
         learned = np.flatnonzero(~text.held_out)
         learned = learned[:: -(-int(text.sizes[learned].sum()) // TRAINING_BYTES)]
         size = text.sizes[learned].sum() / 1e6
         report(f"training a tokenizer of {vocab_size} ids on {size:.1f} MB")
-        tokenizer = tokenizers.train((text[i] for i in learned), vocab_size)
+        rule = tokenizers.SPLITS[cfg.tokenizer]
+        tokenizer = tokenizers.train((text[i] for i in learned), vocab_size, rule)
     save_whole(path, tokenizer)
     return tokenizer
 

@@ -95,8 +95,7 @@ def pre(tokenizer: Tokenizer) -> str:
         raise ExportError(
             "GGUF: llama.cpp has no rule that cuts digits into pairs, as this tokenizer does, and "
             f"{_digit_pairs(tokenizer)} of its tokens hold several digits, so that numbers would get other ids; "
-            "train with a tokenizer.json whose split pattern has \\p{N}{1,3} (data.tokenizer = its path), or "
-            "export without --gguf"
+            "train with data.tokenizer = bpe3, or export without --gguf"
         )
     raise ExportError(
         "GGUF: llama.cpp has no rule for this tokenizer's split pattern; known are GPT-2's, Llama 3's and "

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from nanochat_jax import tokenizer as tokenizers
+from nanochat_jax.config import DataConfig
+from nanochat_jax.data import shards
 from nanochat_jax.export import tokenization
 from nanochat_jax.export.variants import ExportError
 
@@ -13,12 +15,7 @@ TEXT = "def f(x):\n    return x + 1  # of the other ones\n" * 20
 
 def with_pattern(digits, text, size=300):
     """A tokenizer trained with another rule for digits."""
-    before = tokenizers.SPLIT
-    try:
-        tokenizers.SPLIT = before.replace(r"\p{N}{1,2}", digits)
-        return tokenizers.train([text], size)
-    finally:
-        tokenizers.SPLIT = before
+    return tokenizers.train([text], size, tokenizers.SPLIT.replace(r"\p{N}{1,2}", digits))
 
 
 def test_special_ids():
@@ -84,3 +81,19 @@ def test_no_chat_without_marks(tmp_path):
     assert tokenization.chat_template(tokenizers.load(path)) is None
     assert tokenization.chat_template(tokenizers.byte_tokenizer()) is not None
     assert tokenization.ids(tokenizers.load(path)).eos == (0,)
+
+
+def test_a_corpus_with_digits_in_threes(tmp_path):
+    """data.tokenizer = bpe3 makes another corpus than bpe, and llama.cpp can cut its texts alike."""
+    source = tmp_path / "text.txt"
+    source.write_text("\n\n".join(f"page {i} has 12345 lines and {i * 7919} words " * 9 for i in range(40)))
+    made = {}
+    for name in tokenizers.SPLITS:
+        cfg = DataConfig(source=str(source), tokenizer=name, val_percent=50)
+        made[name] = shards.prepare(cfg, 300, tmp_path / "cache", lambda line: None)
+    assert made["bpe"].directory != made["bpe3"].directory
+    ours = made["bpe3"].tokenizer
+    assert ours.decode(ours.encode("123456")) == "123456" and tokenization.pre(ours) == "smaug-bpe"
+    assert any(len(ours.decode([i])) == 3 and ours.decode([i]).isdigit() for i in ours.encode("12345"))
+    with pytest.raises(ExportError, match=r"train with data\.tokenizer = bpe3"):
+        tokenization.pre(made["bpe"].tokenizer)
