@@ -72,7 +72,10 @@ def _cut(scaled_BV: jax.Array, controls: Controls, few: int) -> tuple[jax.Array,
     )
     upto = jnp.cumsum(shares / total, -1)
     before = jnp.concatenate([jnp.zeros_like(upto[:, :1]), upto[:, :-1]], -1)
-    kept = within & ((before < top_p) | (jnp.arange(few)[None] == 0)) & (values - best >= jnp.log(min_p))
+    first = jnp.arange(few)[None] == 0
+    # The sums reach 1 before the last ids do: a top_p of 1 must not look at them.
+    likely = (before < top_p) | (top_p >= 1) | first
+    kept = within & likely & (values - best >= jnp.log(min_p))
     # With few < top_k < V the sum of the top_k is not known here.
     whole = (top_k <= few) | ((top_k == V) & (top_p < 1) & (upto[:, -1:] >= top_p))
     return ids, kept, whole[:, 0]

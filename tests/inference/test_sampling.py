@@ -34,9 +34,12 @@ def expected(z, c, i):
     p = np.exp(z[order] - z.max())
     p /= p.sum()
     before = np.cumsum(p) - p
-    kept = (before < float(c.top_p[i])) & (p / p[0] >= float(c.min_p[i]))
+    all_p = float(c.top_p[i]) == 1
+    kept = (all_p | (before < float(c.top_p[i]))) & (p / p[0] >= float(c.min_p[i]))
     kept[0] = True
-    near = (np.abs(before - float(c.top_p[i])) < 1e-5) | (np.abs(p / p[0] - float(c.min_p[i])) < 1e-6)
+    near = ((np.abs(before - float(c.top_p[i])) < 1e-5) & (not all_p)) | (
+        np.abs(p / p[0] - float(c.min_p[i])) < 1e-6
+    )
     return set(order[kept].tolist()), set(order[near].tolist())
 
 
