@@ -25,7 +25,7 @@ def port():
 
 def client(port, kind=openai.OpenAI, **settings):
     base = f"http://127.0.0.1:{port}/v1"
-    return kind(base_url=base, api_key="none", _strict_response_validation=True, **settings)
+    return kind(base_url=base, api_key="none", **({"_strict_response_validation": True} | settings))
 
 
 def test_whole_answers(port):
@@ -57,9 +57,10 @@ def test_streams(port):
         with ask.chat.completions.stream(**BODY, stop=stop) as stream:
             stream.until_done()
             assert stream.get_final_completion().choices[0].message.content == whole[: whole.index(stop)]
-        text = list(
-            ask.completions.create(model="tiny", prompt="a", max_tokens=3, stream=True, logit_bias=ONLY_TEXT)
-        )
+    # Strictly the client's type of a piece of text wants a reason in every piece; OpenAI sends null, too.
+    with client(port, _strict_response_validation=False) as ask:
+        body = {"prompt": "a", "max_tokens": 3, "logit_bias": ONLY_TEXT}
+        text = list(ask.completions.create(model="tiny", stream=True, **body))
         assert text[-1].choices[0].finish_reason == "length"
 
 
