@@ -15,7 +15,9 @@ from nanochat_jax.config import (
     FilterConfig,
     LoopConfig,
     MeshConfig,
+    MhcConfig,
     ModelConfig,
+    MtpConfig,
     TrainConfig,
 )
 from nanochat_jax.model import transformer
@@ -59,7 +61,7 @@ def gradient_of(cfg):
     )
 
 
-def compiled(cfg):
+def compiled(cfg, prepare=lambda batch: batch):
     """It compiled, and its arguments."""
     run, specs, mesh = gradient_of(cfg), transformer.param_specs(cfg.model), parallel.mesh(cfg.mesh)
     rng = np.random.default_rng(1)
@@ -67,7 +69,7 @@ def compiled(cfg):
     places = parallel.param_shardings(specs, mesh)
     given = (
         jax.device_put(params, places),
-        jax.device_put(rows(), parallel.batch_sharding(mesh)),
+        jax.device_put(prepare(rows()), parallel.batch_sharding(mesh)),
         jax.random.key(0),
     )
     step = jax.jit(run, out_shardings=(None, places)).lower(*given).compile()
@@ -91,6 +93,23 @@ def test_sums_and_bytes(mesh):
     assert "u16[" not in step.as_text()
     if "tensor" not in mesh:
         assert_bytes(step, cfg)
+
+
+@pytest.mark.slow
+def test_every_stack_and_loss_over_devices():
+    """Streams, layers before and after three loops in a scan, exits, further tokens and value embeddings."""
+    loops = LoopConfig(count=3, before=1, after=1, gate="per_loop", norm=True)
+    model = dataclasses.replace(
+        MODEL, loop=loops, mhc=MhcConfig(2, "permutation"), mtp=MtpConfig(1), value_embed_every=1, x0_scalars=True
+    )  # fmt: skip
+    terms = (("exit", 1.0), ("exit_entropy", 0.1), ("mtp", 0.5))
+    prepare, results = losses.make_prepare(model), []
+    for mesh in ({}, {"data": 2, "fsdp": 2}):
+        cfg = config(mesh, model)
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, loss=terms))
+        step, given = compiled(cfg, prepare)
+        results.append(jax.tree.map(np.asarray, step(*given)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=2e-3, atol=1e-5), *results)
 
 
 def assert_bytes(step, cfg):

@@ -86,7 +86,13 @@ def table(known: dict) -> str:
     for name, found in known.items():
         cells = [f"{found['traffic'].get(kind, 0) / 1e9:.2f}" for kind in kinds]
         total, expected = (sum(found[key].values()) for key in ("traffic", "expected"))
-        off = f" ({expected / total - 1:+.0%})" if total > 1e6 else ""
+        off = (
+            ""
+            if not total
+            else " (exact)"
+            if abs(expected / total - 1) < 1e-5
+            else f" ({expected / total - 1:+.1%})"
+        )
         rest = f"{sum(found['sometimes'].values()) / 1e9:.2f}"
         lines.append(
             f"| {name} | {found['microbatches']} | {' | '.join(cells)} | {total / 1e9:.2f} | "
