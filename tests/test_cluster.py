@@ -1,12 +1,15 @@
 """What launchers leave in the environment, what flags say against it, and what is not enough."""
 
+import dataclasses
 import os
 import signal
+import types
 
 import pytest
 
-from nanochat_jax import cluster, flags, processes
-from nanochat_jax.config import ConfigError
+from nanochat_jax import cluster, flags, parallel, processes
+from nanochat_jax.config import Config, ConfigError, MeshConfig
+from nanochat_jax.train import program
 
 NOTHING = {name: flag.default for name, flag in flags.PROCESS_FLAGS.items()}
 SLURM = {
@@ -145,6 +148,17 @@ def test_alone_all_agree(tmp_path):
     processes.together(None, KeyError("others"))
     with pytest.raises(ValueError, match="mine"):
         processes.together(ValueError("mine"), KeyError("others"))
+
+
+def test_processes_that_share_rows_need_one_order(monkeypatch):
+    parts = types.SimpleNamespace(mesh=parallel.mesh(MeshConfig()))
+    pool = dataclasses.replace(Config().data.pool, order="completion")
+    cfg = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, pool=pool))
+    assert program.own_rows(cfg, parts) == (0, 1)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    assert program.own_rows(Config(), parts) == (0, 1)
+    with pytest.raises(ConfigError, match=r"2 processes share 1 parts of a batch because mesh\.tensor spans"):
+        program.own_rows(cfg, parts)
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def _train(
         ]
         if first < cfg.train.steps:
             progress.print("compiling the step")
-        rows = parallel.data_shard(parts.mesh)
+        rows = own_rows(cfg, parts)
         batches = pipeline.batches(cfg.data, corpus, cfg.seed, first, rows, journal=home / "data_order.bin")
         on_device = goodput.waiting(parallel.prefetch(batches, parts.mesh), ledger)
         began = time.perf_counter()
@@ -319,6 +319,20 @@ def _train(
         return 130 if reason == "interrupted" else 1
     _farewell(cfg, home, progress, scores, done - first, took)
     return 0
+
+
+def own_rows(cfg: Config, parts: Parts) -> tuple[int, int]:
+    """This process's share of the rows, see `parallel.data_shard`.
+
+    Raises: ConfigError if processes that share rows would order them each in its own way.
+    """
+    index, count = parallel.data_shard(parts.mesh)
+    if cfg.data.pool.order == "completion" and count < processes.count():
+        raise ConfigError(
+            f"'data.pool.order' = 'completion' is each process's own order, but {processes.count()} processes "
+            f"share {count} parts of a batch because mesh.tensor spans them"
+        )
+    return index, count
 
 
 def _trace(cfg: Config, home: Path, facts: dict, main: bool) -> tuple[Trace, Exporter | None]:
