@@ -2,7 +2,7 @@
 
 Each part is a corpus of its own (see `shards`), with its own held-out documents; whether a document
 is held out follows from its content alone, so parts that share one agree about it. What they share
-is the tokenizer: with "bpe" it is trained on text of all parts, in proportion to their weights.
+is the tokenizer: with "bpe" or "bpe3" it is trained on text of all parts, in proportion to their weights.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def prepare(
     wanted = {name: dataclasses.replace(cfg, source=source, mix=()) for name, source, _ in cfg.mix}
     total = sum(weight for *_, weight in cfg.mix)
     weights = {name: weight / total for name, _, weight in cfg.mix}
-    if cfg.tokenizer == "bpe":
+    if cfg.tokenizer in tokenizers.SPLITS:
         for name, part in wanted.items():  # before anything is read
             with _named(name):
                 shards.tokenizer_name(part, vocab_size)
-        shared = str(_shared_tokenizer(wanted, weights, vocab_size, cache_dir, report))
+        shared = str(_shared_tokenizer(cfg.tokenizer, wanted, weights, vocab_size, cache_dir, report))
         wanted = {name: dataclasses.replace(part, tokenizer=shared) for name, part in wanted.items()}
     made = []
     for name, part in wanted.items():
@@ -107,10 +107,15 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _shared_tokenizer(
-    wanted: dict[str, DataConfig], weights: dict[str, float], vocab_size: int, cache_dir: Path, report: Report
+    kind: str,
+    wanted: dict[str, DataConfig],
+    weights: dict[str, float],
+    vocab_size: int,
+    cache_dir: Path,
+    report: Report,
 ) -> Path:
     """Train on text of all parts, or find what an earlier call has trained."""
-    key: dict[str, Any] = {"version": shards.VERSION, "vocab_size": vocab_size}
+    key: dict[str, Any] = {"version": shards.VERSION, "tokenizer": f"{kind}:{vocab_size}"}
     for name, part in wanted.items():
         with _named(name):
             key[name] = [weights[name], shards.text_request(part)]
@@ -126,5 +131,5 @@ def _shared_tokenizer(
         share = max(1, int(shards.TRAINING_BYTES * weights[name]))
         learned += [text[i] for i in chosen[:: -(-int(text.sizes[chosen].sum()) // share)]]
     report(f"training a tokenizer of {vocab_size} ids on {sum(map(len, learned)) / 1e6:.1f} M characters")
-    shards.save_whole(path, tokenizers.train(learned, vocab_size))
+    shards.save_whole(path, tokenizers.train(learned, vocab_size, tokenizers.SPLITS[kind]))
     return path

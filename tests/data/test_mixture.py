@@ -191,16 +191,20 @@ def test_the_parts_of_a_mixture_are_the_corpora_of_their_sources(trees, made, tm
     )
 
 
-def test_one_tokenizer_learns_from_all_parts_and_text_is_read_once(trees, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["bpe", "bpe3"])
+def test_one_tokenizer_learns_from_all_parts_and_text_is_read_once(trees, tmp_path, monkeypatch, kind):
     read = []
     documents = sources.documents
     monkeypatch.setattr(sources, "documents", lambda cfg, **k: read.append(cfg.source) or documents(cfg, **k))
-    cfg = config(trees, tokenizer="bpe")
+    cfg = config(trees, tokenizer=kind)
     lines = []
     first = mixture.prepare(cfg, 300, tmp_path, lines.append)
     assert len({part.corpus.tokenizer.sha256 for part in first.parts}) == 1
     assert first.tokenizer.vocab_size == 300 and read == [str(trees / name) for name in WEIGHTS]
     assert any(line.startswith("docs: ") for line in lines)
+    other = dataclasses.replace(cfg, tokenizer="bpe3" if kind == "bpe" else "bpe")
+    assert mixture.prepare(other, 300, tmp_path / "other").tokenizer.definition != first.tokenizer.definition
+    read.clear()
     assert not list(tmp_path.glob("*.partial"))
     monkeypatch.setattr(sources, "documents", lambda *a, **k: pytest.fail("read again"))
     assert mixture.prepare(cfg, 300, tmp_path).sha256 == first.sha256
