@@ -156,8 +156,8 @@ def make_loss(
         if "future" in used:
             more, means = _future_loss(cfg, drawing, chunk, future, params, hidden, batch)
             total, metrics = total + more, metrics | means
-        tokens = jnp.sum(batch.weights) if scheduled else None  # pieces of a batch add up to its weight
-        metrics |= {f"loss/weight_{name}": tokens * weight_at(w, step) for name, w in scheduled.items()}
+        for name, weight in scheduled.items():  # pieces of a batch add up to its weight
+            metrics[f"loss/weight_{name}"] = jnp.sum(batch.weights) * weight_at(weight, step)
         return total, metrics | output.aux | filtered
 
     return loss_fn
@@ -272,7 +272,7 @@ def make_token_nll(
     """
     project = projections.from_config(cfg)
 
-    def nll_fn(params: Params, batch: Batch) -> jax.Array:
+    def nll_fn(params: Params, batch: Batch) -> Any:
         output = transformer.forward(cfg, project, params, batch, each_loop=each_loop)
         head = transformer.head(cfg, params)
 
@@ -297,7 +297,7 @@ def _token_statistics(cfg, chunk, hidden_BLD, head_DV, targets_BL):
     return {name: jnp.moveaxis(a, 0, 1).reshape(targets_BL.shape) for name, a in each.items()}
 
 
-def _over_tokens(cfg, chunk, coefficients, hidden, head, targets, weights):
+def _over_tokens(cfg, chunk, coefficients, hidden, head, targets, weights) -> Any:
     """`token_loss` of coefficients {statistic: number or array}."""
     fixed = tuple((name, c) for name, c in coefficients.items() if isinstance(c, float))
     scheduled = {name: c for name, c in coefficients.items() if not isinstance(c, float)}

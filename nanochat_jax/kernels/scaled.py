@@ -49,7 +49,9 @@ def check_on_device() -> None:
     """
     operands = _operands()
     compiled = jax.jit(scaled_dot).lower(*operands).compile()
-    if "__cudnn$" not in compiled.as_text():  # XLA's names of cuDNN calls; file names hold the word as well
+    if "__cudnn$" not in str(
+        compiled.as_text()
+    ):  # XLA's names of cuDNN calls; file names hold the word as well
         raise ValueError("the compiler multiplies dequantized values instead of calling cuDNN")
     check(compiled(*operands))
 
