@@ -457,6 +457,10 @@ def test_blocks_resolve(name):
         ({"data__pool": {"order": "declared", "delay": 33}}, "'data.pool.delay' must be in 1..32"),
         ({"data__pool": {"order": "completion", "max_late": 40000}}, "must be in 1..32767"),
         ({"data__pool": {"order": "declared", "window": 1}}, "'data.pool.window' must be at least 2, got 1"),
+        (
+            {"data__pool": {"order": "completion"}, "mesh__tensor": 2},
+            "'data.pool.order' must not be 'completion' with mesh.tensor = 2",
+        ),
         ({"data__pool": {"order": "declared"}, "data__workers": 0}, "'data.workers' must be at least 1"),
         ({"mesh__data": 16}, "must be a multiple of 'mesh.data * mesh.fsdp' = 16"),
         ({"mesh__reduce_dtype": "bfloat16"}, "no effect because mesh.data and mesh.fsdp are 1"),

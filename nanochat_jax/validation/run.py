@@ -196,6 +196,11 @@ def validate_mesh(c: Config) -> None:
     mesh = c.mesh
     for key in ("data", "fsdp", "tensor"):
         at_least(f"mesh.{key}", getattr(mesh, key), 1)
+    if mesh.tensor > 1 and c.data.pool.order == "completion" and not c.data.pool.replay:
+        raise ConfigError(
+            f"'data.pool.order' must not be 'completion' with mesh.tensor = {mesh.tensor}: devices that share "
+            "rows may belong to several processes, whose orders would differ"
+        )
     choice("mesh.reduce_dtype", mesh.reduce_dtype, ("float32", "bfloat16"))
     if mesh.data * mesh.fsdp == 1:
         unused("mesh", mesh, "mesh.data and mesh.fsdp are 1", ("reduce_dtype",))
