@@ -99,10 +99,15 @@ def ended(child, seconds=WAIT):
     return tuple("".join(line for line in text.splitlines(True) if "[Gloo]" not in line) for text in outputs)
 
 
-def wait_for(child, line):
-    """Until the process has written it."""
+def wait_for(child, what):
+    """Until the process has written a line, or there is a checkpoint in the directory `what`."""
+    there = (
+        (lambda: checkpoint.latest_step(what))
+        if isinstance(what, Path)
+        else (lambda: what in child.log.read_text())
+    )
     patience = time.monotonic() + WAIT
-    while line not in child.log.read_text():
+    while not there():
         assert child.poll() is None and time.monotonic() < patience, child.log.read_text()
         time.sleep(0.02)
 
@@ -202,7 +207,7 @@ def test_the_default_optimizer_samples_and_profiles(runs):
 def test_a_killed_process_ends_the_run_with_a_message_and_a_checkpoint(runs, victim):
     home = runs.root / f"killed-{victim}"
     children = runs.launch(runs.command(home, "--config.mesh.data=2", "--config.train.steps=100000"), 2)
-    wait_for(children[0], "step 12/")
+    wait_for(children[0], home / "ckpt")
     children[victim].kill()
     began, other = time.monotonic(), children[1 - victim]
     text = ended(other, BOUND)[1]
@@ -224,7 +229,7 @@ def test_a_frozen_process_counts_as_lost(runs):
     home = runs.root / "frozen"
     limit = ["--config.mesh.data=2", "--config.train.steps=100000", "--heartbeat_timeout=10"]
     children = runs.launch(runs.command(home, *limit), 2)
-    wait_for(children[0], "step 12/")
+    wait_for(children[0], home / "ckpt")
     children[1].send_signal(signal.SIGSTOP)
     text = ended(children[0], BOUND)[1]
     assert children[0].returncode and ("another process was lost" in text or "another task died" in text)
