@@ -57,6 +57,7 @@ COMPOSERS = {
     "train/program.py": {"evals", "inference"},
     "inference/load.py": {"checkpoint", "parallel", "tokenizer"},
     "inference/terminal.py": {"chat", "tokenizer"},
+    "export/adopt.py": {"checkpoint"},
 }
 NO_JAX = {"data", "telemetry", "blocks", "config", "validation", "tokenizer", "chat"}
 # Files that print although they are no command line: progress lines, and the report of --verify_resume.

@@ -103,7 +103,10 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (DataError, ConfigError) as error:
-        raise type(error)(f"data.mix part '{name}': {error}") from error
+        raise type(error)(
+            f"data.mix part '{name}': {error}; name a corpus of yours in data.mix, or learn from one source with "
+            "--config.data.mix='()' --config.data.source=rust"
+        ) from error
 
 
 def _shared_tokenizer(

@@ -1,4 +1,4 @@
-"""Publish a run: python -m nanochat_jax.export --workdir=runs/tiny --out=published [--gguf=tq2_0,f16]"""
+"""Publish a run, or read one back: python -m nanochat_jax.export --workdir=runs/tiny --out=published"""
 
 import functools
 import sys
@@ -16,40 +16,42 @@ FLAGS = {
     "license": cli.Flag("mit", "of the weights, an SPDX id"),
     "context": cli.Flag(0, "positions to allow; 0 = the length of training's rows"),
     "check": cli.Flag(True, "load what was written and compare"),
-    "overwrite": cli.Flag(False, "replace --out if it is there"),
+    "overwrite": cli.Flag(False, "replace --out"),
     "push": cli.Flag("", "owner/name on the Hugging Face hub"),
     "public": cli.Flag(False, "make a new hub repository public"),
     "dry_run": cli.Flag(False, "with --push: list what would be uploaded"),
+    "adopt": cli.Flag("", "the reverse: a Hugging Face folder to make the new run --workdir of"),
 }
 
 
 def main(cfg: Config, call: cli.Invocation) -> int:
     """Export the run in --workdir (its own config, unless --config is given) to --out."""
-    home, cfg = cli.trained(call)
-    if not call.out:
-        raise cli.UsageError("--out is missing: a new directory")
+    home, out = Path(call.workdir), Path(call.out)
+    if not call.workdir or bool(call.out) == bool(call.adopt):
+        raise cli.UsageError("--workdir (a run) and either --out (a new directory) or --adopt are needed")
     if call.dry_run and not call.push:
         raise cli.UsageError("--dry_run has no effect without --push=owner/name")
+    if call.out:
+        home, cfg = cli.trained(call)
     cli.setup_runtime(cfg)
     from nanochat_jax import tokenizer
-    from nanochat_jax.export import publish
+    from nanochat_jax.export import adopt, publish
     from nanochat_jax.inference import load
 
-    options = publish.Options(
-        gguf=tuple(filter(None, call.gguf.lower().split(","))), dtype=call.dtype, ternary=call.ternary,
-        name=call.name or call.push, license=call.license, context=call.context, check=call.check,
-        overwrite=call.overwrite,
-    )  # fmt: skip
+    if call.adopt:
+        adopt.adopt(Path(call.adopt), home)
+        return print(home) or 0
+    report = functools.partial(print, file=sys.stderr)
+    same = ("dtype", "ternary", "license", "context", "check", "overwrite")
+    kinds = tuple(filter(None, call.gguf.lower().split(",")))
+    options = publish.Options(kinds, name=call.name or call.push, **{name: call.flags[name] for name in same})
     if found := publish.problems(cfg, options):
         raise cli.UsageError("; ".join(found))
-    report = functools.partial(print, file=sys.stderr)
     words = tokenizer.load(home / "tokenizer.json")
-    for line in publish.build(cfg, load.load_params(cfg, home), words, home, Path(call.out), options, report):
+    for line in publish.build(cfg, load.load_params(cfg, home), words, home, out, options, report):
         report(line)
-    if call.push:
-        publish.upload(Path(call.out), call.push, not call.public, call.dry_run, report)
-    print(call.out)
-    return 0
+    publish.upload(out, call.push, not call.public, call.dry_run, report)
+    return print(out) or 0
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ def build(
 
 
 def upload(out: Path, repository: str, private: bool, dry_run: bool, report: Callable[[str], None]) -> None:
-    """`push.push`, with a last line that says where it went."""
-    if address := push.push(out, repository, private, dry_run, report):
+    """`push.push` with a last line that says where it went; nothing for repository = ""."""
+    if repository and (address := push.push(out, repository, private, dry_run, report)):
         report(f"uploaded: {address}")
 
 

@@ -138,9 +138,9 @@ def test_the_tokenizer_learns_from_a_bounded_part_of_the_training_split(tree, mo
     learned = []
     train = tokenizers.train
 
-    def spy(texts, vocab_size):
+    def spy(texts, *rest):
         learned.extend(texts)
-        return train(iter(learned), vocab_size)
+        return train(iter(learned), *rest)
 
     monkeypatch.setattr(tokenizers, "train", spy)
     made = prepare(tree, tokenizer="bpe")
@@ -452,7 +452,7 @@ def test_impossible_tokenizers(tree, tmp_path):
     with pytest.raises(ConfigError, match=r"'model.vocab_size' = 265 is less than the 266 ids"):
         prepare(tree, vocab_size=265)
     with pytest.raises(
-        ConfigError, match=r"'data.tokenizer' must be bpe, bytes or a tokenizer.json, got 'bpee'"
+        ConfigError, match=r"'data.tokenizer' must be bpe, bpe3, bytes or a tokenizer.json, got 'bpee'"
     ):
         prepare(tree, tokenizer="bpee")
     (tmp_path / "bad.json").write_text("{}")

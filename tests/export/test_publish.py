@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from export_models import CASES, OWN, build
 
 from nanochat_jax import checkpoint, cli
 from nanochat_jax import tokenizer as tokenizers
-from nanochat_jax.config import Config, DataConfig, EvalConfig, to_dict
+from nanochat_jax.config import Config, DataConfig, EvalConfig, resolve, to_dict
 from nanochat_jax.export import __main__ as command
 from nanochat_jax.export import card, check, folder, gguf, importer, publish, push, records
 from nanochat_jax.export.variants import ExportError
+from nanochat_jax.inference import load
 from nanochat_jax.types import TrainState
 
 BYTES = tokenizers.byte_tokenizer()
@@ -243,12 +245,23 @@ def test_the_command(run, monkeypatch, capsys):
     assert (status, data.strip()) == (0, str(out)), said
     assert "13 weights read back unchanged" in said
     assert "dry run: nothing was uploaded to me/small (private)" in said and "model.safetensors" in said
+    new = home.parent / "adopted"
+    status, data, said = call(monkeypatch, capsys, f"--workdir={new}", f"--adopt={out}")
+    assert (status, data.strip()) == (0, str(new)), said
+    back_cfg = resolve(cli.read_config(str(new / "config.json")))
+    assert back_cfg.model == dataclasses.replace(cfg.model, dtype="auto")
+    back = load.load_params(back_cfg, new)
+    assert (np.asarray(back["blocks"]["attn"]["q"]) == params["blocks"]["attn"]["q"]).all()
+    assert tokenizers.load(new / "tokenizer.json").encode("text") == BYTES.encode("text")
+    status, _, said = call(monkeypatch, capsys, f"--workdir={new}", f"--adopt={out}")
+    assert status == 1 and "is not empty" in said
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--out=x"], "--workdir (a trained run) and --out (a new directory) are needed"),
+        (["--out=x"], "--workdir (a run) and either --out (a new directory) or --adopt are needed"),
+        (["--workdir=x", "--out=y", "--adopt=z"], "either --out (a new directory) or --adopt"),
         (["--workdir=nowhere", "--out=x"], "nowhere is not a run"),
         (["--workdir=nowhere", "--out=x", "--dry_run"], "--dry_run has no effect without --push"),
         (["--workdir=nowhere", "--out=x", "--dtype=int8"], "--dtype must be one of"),
