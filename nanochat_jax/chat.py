@@ -3,7 +3,7 @@
     <|bos|> <|system_start|> .. <|system_end|> <|user_start|> .. <|user_end|> <|assistant_start|> .. <|assistant_end|>
 
 Marks are ids, put between the encoded texts; what a text contains is characters only, so that a message
-which spells a mark cannot forge a turn. `TEMPLATE` says the same in Jinja, for libraries that read it.
+which spells a mark cannot forge a turn. `TEMPLATE` says the same in Jinja, for libraries that read exports.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,11 +13,19 @@ from nanochat_jax.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '_start|>' + message['content'] + '<|' + message['role'] + '_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant_start|>' }}{% endif %}"
-)
+# In text a mark cannot be told from its letters, so a message that spells one has it broken up.
+TEMPLATE = """
+{{- '<|bos|>' -}}
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception('no role ' + message['role'] + ' in a chat; known: system, user, assistant') -}}
+{%- endif -%}
+{{- '<|' + message['role'] + '_start|>' + (message['content'] | replace('<|', '< |')) + '<|' + message['role'] + '_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|assistant_start|>' -}}
+{%- endif -%}
+""".strip()
 
 
 class Rendered(NamedTuple):

@@ -40,7 +40,8 @@ def main(cfg: Config, call: cli.Invocation) -> int:
 
     if call.adopt:
         adopt.adopt(Path(call.adopt), home)
-        return print(home) or 0
+        print(home)
+        return 0
     report = functools.partial(print, file=sys.stderr)
     same = ("dtype", "ternary", "license", "context", "check", "overwrite")
     kinds = tuple(filter(None, call.gguf.lower().split(",")))
@@ -51,7 +52,8 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     for line in publish.build(cfg, load.load_params(cfg, home), words, home, out, options, report):
         report(line)
     publish.upload(out, call.push, not call.public, call.dry_run, report)
-    return print(out) or 0
+    print(out)
+    return 0
 
 
 if __name__ == "__main__":

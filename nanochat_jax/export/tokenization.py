@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax import chat
 from nanochat_jax.export import folder
 from nanochat_jax.export.variants import ExportError
 from nanochat_jax.tokenizer import SPLIT, Tokenizer
 
-TEMPLATE = Path(__file__).parent / "templates" / "chat_template.jinja"
-TURNS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 # Split pattern of tokenizer.json -> name that llama.cpp has for it. The first differs from the second in
 # the digits that a token may span; see `pre`. "smaug-bpe" is "llama-bpe" without the shortcut of taking
 # a word that is a token as that token, whatever the merges give.
@@ -38,8 +37,7 @@ def ids(tokenizer: Tokenizer) -> Ids:
 
 def chat_template(tokenizer: Tokenizer) -> str | None:
     """The Jinja template, if the tokenizer has the tokens of turns."""
-    known = all(name in tokenizer.special for name in TURNS)
-    return TEMPLATE.read_text(encoding="utf-8").strip() if known else None
+    return chat.TEMPLATE if chat.supports(tokenizer) else None
 
 
 def write(target: Path, tokenizer: Tokenizer, context: int) -> None:

@@ -3,6 +3,7 @@
 With the `__main__` files, the only place that holds the whole Config.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -31,7 +32,7 @@ from nanochat_jax.telemetry import goodput, logs, manifest
 from nanochat_jax.telemetry.console import Progress, duration, si
 from nanochat_jax.telemetry.trace import Exporter, SpanFile, Trace
 from nanochat_jax.telemetry.writers import Multi, open_writers
-from nanochat_jax.train import hooks, loop, replicas
+from nanochat_jax.train import hooks, loop, replicas, workdir
 from nanochat_jax.train import step as steps
 from nanochat_jax.types import TrainState
 
@@ -198,8 +199,8 @@ def train(
     """Run to the end of the config. Returns the exit status: 0, 1 (stopped), 130 (interrupted).
 
     With several processes all call this; process 0 alone writes, except to checkpoints, and prints.
-    Raises: processes.PeerError if another process is lost, or has another config, other data or another
-    workdir.
+    Raises: ConfigError if another run holds the workdir; processes.PeerError if another process is lost, or
+    has another config, other data or another workdir.
     """
 
     def advice() -> str:
@@ -207,7 +208,14 @@ def train(
         have = "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} is intact"
         return f"{have}; the same command in all processes continues this run"
 
-    with processes.losses_reported(advice):
+    with processes.losses_reported(advice), contextlib.ExitStack() as stack:
+        problem = None
+        if processes.first():
+            try:
+                stack.enter_context(workdir.held(home))
+            except ConfigError as error:
+                problem = error
+        processes.together(problem, processes.PeerError("process 0 cannot use the workdir"))
         return _train(cfg, home, cache, facts, resume, interrupted)
 
 
