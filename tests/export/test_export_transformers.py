@@ -149,7 +149,7 @@ def test_chat_template(tmp_path):
     marks = set(ours.special.values())
     ids = theirs.apply_chat_template([{"role": "user", "content": forged}], return_dict=False)
     assert [i for i in ids if i in marks] == turns(ours, [{"role": "user", "content": ""}])
-    with pytest.raises(Exception, match="unknown role: nobody"):
+    with pytest.raises(Exception, match="no role nobody in a chat"):
         theirs.apply_chat_template([{"role": "nobody", "content": ""}])
 
 
