@@ -145,12 +145,6 @@ def test_fast_samples_overtake_slow_ones_up_to_the_bound():
     assert 0 < max(late) <= 9 and min(late) > -64
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_equal_samples_keep_their_order_nearly(share):
-    found, _ = run(100, samples=Sleepy(lambda k: 0.002 * share), workers=3, window=16, completion=True)
-    assert max(abs(place - k) for place, k in enumerate(found)) < 16
-
-
 def test_the_journal_tells_the_order_and_any_state_in_it(tmp_path):
     path = tmp_path / "order.bin"
     options = {"completion": True, "max_late": 12, "window": 16}

@@ -405,7 +405,7 @@ def decode_all(cfg, params, tokens, prompt, quantile):
 
     @jax.jit
     def one(token, cache):
-        batch = engine._batch(token[:, None], cache.length)
+        batch = engine.batch_of(token[:, None], cache.length)
         output = transformer.forward(cfg, project, params, batch, cache, quantile=quantile)
         return transformer.logits(cfg, params, output.hidden[:, 0]), output.cache, output.depth
 
@@ -467,7 +467,7 @@ def test_loops_that_nobody_needs_are_not_computed():
 
     @jax.jit
     def one(quantile):
-        batch = engine._batch(token[:, None], cache.length)
+        batch = engine.batch_of(token[:, None], cache.length)
         output = transformer.forward(CFG, counter, params, batch, cache, quantile=quantile)  # type: ignore[arg-type]
         return output.depth
 
