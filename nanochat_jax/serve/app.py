@@ -25,6 +25,7 @@ log = logging.getLogger("nanochat_jax")
 PAGE = Path(__file__).parent / "chat.html"
 JSON = "application/json"
 MAX_HEADERS = 16 * 1024  # bytes
+FORGOTTEN = 8 * fields.MAX_BODY  # bytes of a request that is too large which are still read
 
 
 def make_app(service: Service) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
@@ -164,28 +165,34 @@ async def _generate(
 
 
 async def _body(receive: Receive, headers: dict[str, str], seconds: float) -> bytes:
-    """The request's body. Raises: ApiError 413 or 400 (it did not come in time)."""
-    too_large = ApiError(
-        413, f"the body may have {fields.MAX_BODY} bytes", headers=(("Connection", "close"),)
-    )
+    """The request's body. Raises: ApiError 413 or 400 (it did not come in time).
+
+    A body that is somewhat too large is read to its end and forgotten, for most clients read no answer
+    before they have sent everything; one that is far too large is cut off.
+    """
+    close = (("Connection", "close"),)
+    too_large = ApiError(413, f"the body may have {fields.MAX_BODY} bytes", headers=close)
     size = headers.get("content-length", "0")
-    if size.isdigit() and int(size) > fields.MAX_BODY:
+    if size.isdigit() and int(size) > FORGOTTEN:
         raise too_large
-    data = bytearray()
+    data, seen = bytearray(), 0
     try:
         async with asyncio.timeout(seconds):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ApiError(400, "the client went away")
-                data += message.get("body", b"")
-                if len(data) > fields.MAX_BODY:
+                part = message.get("body", b"")
+                seen += len(part)
+                if seen <= fields.MAX_BODY:
+                    data += part
+                if seen > FORGOTTEN or (seen > fields.MAX_BODY and not message.get("more_body")):
                     raise too_large
                 if not message.get("more_body"):
                     return bytes(data)
     except TimeoutError:
-        late = f"the body did not arrive within {seconds:g} s"
-        raise ApiError(400, late, headers=(("Connection", "close"),)) from None
+        late = ApiError(400, f"the body did not arrive within {seconds:g} s", headers=close)
+        raise (too_large if seen > fields.MAX_BODY else late) from None
 
 
 async def reply(
