@@ -35,6 +35,7 @@ KEEP = FilterConfig(0.5, "random")
 CFG = ModelConfig(
     vocab_size=V, dim=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_dim=32, filter=KEEP
 )  # fmt: skip
+SLOW_FORMS = ("streams", "modern", "fp4", "loops")
 FORMS = {
     "plain": {},
     "scanned": {"layers": 2, "unroll": 1, "heads": 4, "kv_heads": 2},
@@ -128,7 +129,9 @@ def grads_of(cfg, batch, key):
     return run(weights_of(of(cfg, filter=FilterConfig())), batch, key)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow) if form in SLOW_FORMS else form for form in FORMS]
+)
 def test_the_gradient_is_that_of_the_stated_objective(form, key, monkeypatch):
     cfg, batch = of(**FORMS[form]), rows()
     (loss, _), grads = grads_of(cfg, batch, key)
@@ -144,7 +147,7 @@ def test_the_gradient_is_that_of_the_stated_objective(form, key, monkeypatch):
         assert 0.5 < cosine < 0.9999
 
 
-@pytest.mark.parametrize("kind", ["chained", "parallel"])
+@pytest.mark.parametrize("kind", [pytest.param("chained", marks=pytest.mark.slow), "parallel"])
 def test_further_tokens_are_learned_from_kept_ones(kind, key, monkeypatch):
     """Dropped tokens are constants for the layers behind the trunk, and their targets have no weight."""
     terms = (("next_token", 1.0), ("mtp", 0.3))

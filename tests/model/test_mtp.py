@@ -128,7 +128,7 @@ def fields(batch):
     return {name: np.asarray(getattr(batch, name)) for name in ("targets", "segments", "positions")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["chained", pytest.param("parallel", marks=pytest.mark.slow)])
 def test_loss_and_all_gradients(kind):
     """Each L_i in float64; the gradients of every weight, trunk and shared tables included."""
     cfg, batch, ok = of(kind), steps.normalize(packed()), valid()

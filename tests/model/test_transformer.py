@@ -135,7 +135,10 @@ def test_padding_of_a_prompt_leaves_no_trace():
     np.testing.assert_allclose(after, after_padded, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["modern", "window", "ternary", "loops", "streams"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("modern", "streams")), "window", "ternary", "loops"],
+)
 def test_scanned_layers_equal_unrolled_layers(name):
     cfg = VARIANTS[name]
     params, batch = initial(cfg), rows(cfg)

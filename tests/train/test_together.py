@@ -130,6 +130,7 @@ def everything():
     return cfg, *check(cfg)
 
 
+@pytest.mark.slow
 def test_everything_reports_its_health(everything):
     cfg, *_ = everything
     parts = program.Parts(cfg)
@@ -138,6 +139,7 @@ def test_everything_reports_its_health(everything):
         assert name in metrics
 
 
+@pytest.mark.slow
 def test_everything_goes_on_from_a_checkpoint_with_the_same_bits(everything, tmp_path):
     cfg, _, straight, parts = everything
     _, half, _ = train(cfg, parts, count=11)
