@@ -457,6 +457,7 @@ def _farewell(cfg: Config, home: Path, progress: Progress, scores: dict, count: 
         f"{scores['eval/loss']:.4f} nats per token, {speed}"
         f"peak memory {hooks.memory_gib():.1f} GiB\n\nnext:\n"
         f'  python -m nanochat_jax.inference --workdir={home} --prompt="{cfg.eval.prompt}" --max_tokens=200\n'
+        f"  python -m nanochat_jax.serve --workdir={home}\n"
         f"  tensorboard --logdir={home / 'tb'}\n"
         f"  python -m nanochat_jax.train --config={home / 'config.json'} --workdir={home} "
         f"--config.train.steps={2 * cfg.train.steps} --config.opt.schedule.rewarm_steps=50"
