@@ -130,10 +130,14 @@ class Tokenizer:
         """Text of ids; incomplete UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
-    def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: raw bytes of each token, 0 for special tokens."""
+    def token_bytes(self, rows: int = 0) -> np.ndarray:
+        """int32 [max(rows, vocab_size)]: raw bytes of each token, 0 for special tokens and beyond the vocabulary.
+
+        rows: of a model's padded table.
+        """
         special = set(self.special.values())
-        return np.array([0 if i in special else len(b) for i, b in enumerate(self._bytes)], np.int32)
+        sizes = [0 if i in special else len(b) for i, b in enumerate(self._bytes)]
+        return np.array(sizes + [0] * (rows - len(sizes)), np.int32)
 
     @cached_property
     def sha256(self) -> str:

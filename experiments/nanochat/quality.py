@@ -43,9 +43,7 @@ def write_rows(steps: int, seed: int, directory: Path) -> None:
         )
         np.save(directory / f"{name}.npy", np.concatenate([tokens, targets[:, -1:]], 1).astype(np.uint16))
         np.save(directory / f"{name}_weights.npy", weights)
-    sizes = np.zeros(padded_vocab(cfg.model), np.int32)
-    known = corpus.tokenizer.token_bytes()
-    sizes[: len(known)] = known
+    sizes = corpus.tokenizer.token_bytes(padded_vocab(cfg.model))
     np.save(directory / "token_bytes.npy", sizes)
 
 

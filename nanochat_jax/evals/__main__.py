@@ -19,7 +19,6 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     run = resolve(cli.read_config(str(home / "config.json")))
     cli.setup_runtime(run)
     import jax
-    import numpy as np
 
     from nanochat_jax import losses, tokenizer
     from nanochat_jax.data import mixture, pipeline, reference
@@ -44,9 +43,7 @@ def main(cfg: Config, call: cli.Invocation) -> int:
         print(f"{call.reference}: {len(made)} losses, mean {made.mean():.4f} nats; train with\n  "
               f"--config.data.reference={call.reference} --config.model.filter.keep=0.6")  # fmt: skip
         return 0
-    sizes = np.zeros(padded_vocab(run.model), np.int32)
-    known = corpus.tokenizer.token_bytes()
-    sizes[: len(known)] = known
+    sizes = corpus.tokenizer.token_bytes(padded_vocab(run.model))
     batches = (Batch(**arrays) for arrays in pipeline.val_batches(cfg.data, corpus, cfg.eval.batches))
     for name, value in loss.bits_per_byte(jax.jit(step.make_eval_step(nll)), params, batches, sizes).items():
         print(f"{name} {value:.6g}")

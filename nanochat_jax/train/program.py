@@ -375,9 +375,7 @@ def _scorer(
     cfg: Config, parts: Parts, corpus: mixture.Mixture | shards.Corpus
 ) -> Callable[[TrainState], dict[str, float]]:
     made = pipeline.val_parts(cfg.data, corpus, cfg.eval.batches)
-    sizes = np.zeros(padded_vocab(cfg.model), np.int32)
-    known = corpus.tokenizer.token_bytes()
-    sizes[: len(known)] = known
+    sizes = corpus.tokenizer.token_bytes(padded_vocab(cfg.model))
 
     index, count = parallel.data_shard(parts.mesh)
     size = cfg.data.batch // count
