@@ -37,7 +37,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.config import ModelConfig, Weight, padded_vocab
+from nanochat_jax.config import Config, ModelConfig, Weight, padded_vocab
 from nanochat_jax.model import collider, loop, mtp, transformer
 from nanochat_jax.params import fold_name
 from nanochat_jax.quant import project as projections
@@ -283,6 +283,15 @@ def make_token_nll(
         return nll if quantile is None else (nll, loop.exit_loop(output.exits, quantile))
 
     return nll_fn
+
+
+def make_eval_nll(cfg: Config) -> Callable[[Params, Batch], Any]:
+    """`make_token_nll` as a run's evaluation wants it: of each loop, and where tokens leave if they may.
+
+    They may where `infer.exit_quantile` < 1.
+    """
+    quantile = cfg.infer.exit_quantile if cfg.infer.exit_quantile < 1 else None
+    return make_token_nll(cfg.model, cfg.train.loss_chunk, cfg.model.loop.count > 1, quantile)
 
 
 def _token_statistics(cfg, chunk, hidden_BLD, head_DV, targets_BL):

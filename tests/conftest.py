@@ -1,12 +1,18 @@
-"""Test setting: eight fake CPU devices, strict rank promotion, no network."""
-# ruff: noqa: E402 (the device count must be set before jax is imported)
+"""Test setting: eight fake CPU devices, quick compilation, strict rank promotion, no network."""
+# ruff: noqa: E402 (XLA's flags must be set before jax is imported)
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAG = "--xla_force_host_platform_device_count=8"
-if FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # Most of a test's time goes into compiling programs that run once: LLVM need not optimize them. The
+    # programs are the same; child processes compile as a user's do.
+    "--xla_backend_optimization_level=0",
+)
+for flag in FLAGS:
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 import socket
 

@@ -1,5 +1,6 @@
 """Score a trained run: python -m nanochat_jax.evals --workdir=runs/tiny [--reference=losses.f16]"""
 
+import dataclasses
 from pathlib import Path
 
 from nanochat_jax import cli
@@ -34,18 +35,20 @@ def main(cfg: Config, call: cli.Invocation) -> int:
             f"{home} has another tokenizer than the corpus; set data.tokenizer = {home / 'tokenizer.json'}"
         )
     params = load.load_params(run, home)
-    nll = jax.jit(losses.make_token_nll(run.model, run.train.loss_chunk))
     if call.reference:
         if isinstance(corpus, mixture.Mixture):
             raise cli.UsageError("--reference: losses belong to one corpus, and data.mix has several")
+        nll = jax.jit(losses.make_token_nll(run.model, run.train.loss_chunk))
         made = scoring.token_losses(nll, params, cfg.data, corpus.train)
         reference.write(Path(call.reference), made, cfg.data, corpus)
         print(f"{call.reference}: {len(made)} losses, mean {made.mean():.4f} nats; train with\n  "
               f"--config.data.reference={call.reference} --config.model.filter.keep=0.6")  # fmt: skip
         return 0
     sizes = corpus.tokenizer.token_bytes(padded_vocab(run.model))
-    batches = (Batch(**arrays) for arrays in pipeline.val_batches(cfg.data, corpus, cfg.eval.batches))
-    for name, value in loss.bits_per_byte(jax.jit(step.make_eval_step(nll)), params, batches, sizes).items():
+    parts = pipeline.val_parts(cfg.data, corpus, cfg.eval.batches)
+    scored = dataclasses.replace(run, infer=cfg.infer)  # exits as --config.infer says
+    eval_step = jax.jit(step.make_eval_step(losses.make_eval_nll(scored)))
+    for name, value in loss.of_parts(eval_step, params, parts, lambda rows: Batch(**rows), sizes).items():
         print(f"{name} {value:.6g}")
     return 0
 

@@ -54,11 +54,28 @@ def bits_per_byte(
     }
 
 
-def of_parts(scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Scores of a mixture from those of its parts, by name: as if scored at once, and each part's bits.
+def of_parts(
+    eval_step: Callable[[Params, Batch, jax.Array], dict[str, Any]],
+    params: Params,
+    parts: dict[str, Iterable[Any]],
+    place: Callable[[Any], Batch],
+    token_bytes: np.ndarray,
+) -> dict[str, float]:
+    """Evaluate on the held-out batches of each part of a corpus (`data.pipeline.val_parts`).
 
-    Returns: the scores of `bits_per_byte`, and "eval/bpb_<part>" if there is more than one part.
+    Args: place: makes of a part's arrays the batch that eval_step takes, where it takes it.
+    Returns: the scores of `bits_per_byte`, as if all were scored at once, and "eval/bpb_<part>" if there is
+    more than one part.
     """
+    scores = {
+        name: bits_per_byte(eval_step, params, map(place, batches), token_bytes)
+        for name, batches in parts.items()
+    }
+    return joined(scores)
+
+
+def joined(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Scores of a mixture from those of its parts, by name: as if scored at once, and each part's bits."""
     if len(scores) == 1:
         return next(iter(scores.values()))
     found: dict[str, float] = {}

@@ -102,10 +102,10 @@ class Parts:
         self.step = jax.jit(
             step, donate_argnums=0, in_shardings=(self.layout, rows), out_shardings=(self.layout, everywhere)
         )
-        quantile = cfg.infer.exit_quantile if cfg.infer.exit_quantile < 1 else None
-        nll = losses.make_token_nll(cfg.model, cfg.train.loss_chunk, cfg.model.loop.count > 1, quantile)
         self.eval_step = jax.jit(
-            steps.make_eval_step(nll), in_shardings=(self.layout.params, rows, None), out_shardings=everywhere
+            steps.make_eval_step(losses.make_eval_nll(cfg)),
+            in_shardings=(self.layout.params, rows, None),
+            out_shardings=everywhere,
         )
 
     def fresh(self, seed: int) -> TrainState:
@@ -382,12 +382,10 @@ def _scorer(
     own = slice(index * size, (index + 1) * size)
 
     def score(state: TrainState) -> dict[str, float]:
-        scores = {}
-        for name, batches in made.items():
-            parted = ({field: rows[own] for field, rows in arrays.items()} for arrays in batches)
-            placed = (parallel.shard_batch(arrays, parts.mesh) for arrays in parted)
-            scores[name] = eval_loss.bits_per_byte(parts.eval_step, state.params, placed, sizes)
-        return eval_loss.of_parts(scores)
+        def place(arrays):
+            return parallel.shard_batch({field: rows[own] for field, rows in arrays.items()}, parts.mesh)
+
+        return eval_loss.of_parts(parts.eval_step, state.params, made, place, sizes)
 
     return score
 

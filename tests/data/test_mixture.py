@@ -163,16 +163,14 @@ def test_scores_of_parts_are_those_of_the_whole(trees, made):
         }  # fmt: skip
 
     sizes = np.asarray(made.tokenizer.token_bytes())
-    each = {
-        name: loss.bits_per_byte(fake, None, batches, sizes)
-        for name, batches in pipeline.val_parts(cfg, made, 5).items()
-    }
+    parts = pipeline.val_parts(cfg, made, 5)
+    docs = loss.bits_per_byte(fake, None, parts["docs"], sizes)
     whole = loss.bits_per_byte(fake, None, pipeline.val_batches(cfg, made, 5), sizes)
-    together = loss.of_parts(each)
+    together = loss.of_parts(fake, None, parts, lambda rows: rows, sizes)
     assert {name: together[name] for name in whole} == pytest.approx(whole)
     assert set(together) - set(whole) == {f"eval/bpb_{name}" for name in WEIGHTS}
-    assert together["eval/bpb_docs"] == each["docs"]["eval/bpb"]
-    assert loss.of_parts({"": whole}) == whole
+    assert together["eval/bpb_docs"] == docs["eval/bpb"]
+    assert loss.joined({"": whole}) == whole
 
 
 def texts(corpus, tokens):

@@ -50,10 +50,13 @@ def call(home, monkeypatch):
     return run
 
 
-def test_a_run_gets_its_score(home, call, capsys):
-    at, cfg, _ = home
+def test_a_run_gets_the_score_that_training_gives(home, call, capsys):
+    at, cfg, corpus = home
     assert call(f"--workdir={at}") == 0
     said = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("eval/"))
+    parts = program.Parts(cfg)
+    trained = program._scorer(cfg, parts, corpus)(parts.fresh(0))  # what training would have logged
+    assert {name: float(value) for name, value in said.items()} == pytest.approx(trained, rel=1e-5)
     assert float(said["eval/loss"]) == pytest.approx(np.log(cfg.model.vocab_size), rel=0.05)
     assert float(said["eval/bpb"]) == pytest.approx(
         float(said["eval/loss"]) / np.log(2) * float(said["eval/tokens"]) / float(said["eval/bytes"]),
