@@ -168,7 +168,9 @@ def galore(
         def stored(x, part):
             if not projects(x.shape, rank, min_dim):
                 return optax.MaskedNode()
-            return _encode(jnp.zeros((*x.shape[:-2], min(x.shape[-2:]), rank)), projector_bits)[part]
+            # Behind a barrier: XLA would spend a minute on encoding large constants as it compiles.
+            zeros = jax.lax.optimization_barrier(jnp.zeros((*x.shape[:-2], min(x.shape[-2:]), rank)))
+            return _encode(zeros, projector_bits)[part]
 
         state = GaloreState(
             count=jnp.zeros([], jnp.int32),
