@@ -167,7 +167,8 @@ def _tokenizer_keys(writer: Any, tokenizer: Tokenizer, rule: str, size: int) -> 
     writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    # llama.cpp wants merges; without any it gets one that no text has, for pieces start as single characters.
+    writer.add_token_merges(merges or [f"{tokens[tokenizer.bos_id]} {tokens[tokenizer.bos_id]}"])
     writer.add_bos_token_id(special.bos)
     writer.add_eos_token_id(special.eos[-1])
     writer.add_eot_token_id(special.eos[0])

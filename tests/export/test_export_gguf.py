@@ -98,7 +98,26 @@ def test_a_file_cut_short_is_refused(tmp_path, cut):
         gguf.read(path)
 
 
-def test_llama_cpp(tmp_path):
+@pytest.mark.parametrize("kind", gguf.TYPES)
+@pytest.mark.parametrize("case", ["llama", "qwen3", "arcee", "bitnet"])
+def test_llama_cpp(tmp_path, case, kind):
+    """llama.cpp loads every architecture in every type, cuts text alike, and computes what we do.
+
+    In F32 to 1e-3, which `check` asserts; codes and scales of ternary matrices are exact and the table is
+    F16, so that only the rounding of activations is left; the others round weights.
+    """
     pytest.importorskip("llama_cpp", reason="extra 'export-check'")
-    path, cfg, params = written(tmp_path, CASES["qwen3"][1], "f32")
-    assert "log-probabilities differ" in check.llama_cpp(path, cfg, params, "f32", BYTES)
+    quant = "ternary" if kind in gguf.TERNARY else "full"
+    settings = {**CASES[case][1], "quant": quant} | ({"tied": True} if case == "bitnet" else {})
+    path, cfg, params = written(tmp_path, settings, kind)
+    said = check.llama_cpp(path, cfg, params, kind, BYTES)
+    off = float(said.split("at most ")[1].split(",")[0])
+    assert off < {"f32": 1e-3, "f16": 0.05, "bf16": 0.3, "q8_0": 1.0, "tq1_0": 2.0, "tq2_0": 2.0}[kind], said
+
+
+def test_a_file_that_llama_cpp_does_not_load(tmp_path):
+    pytest.importorskip("llama_cpp", reason="extra 'export-check'")
+    path, cfg, params = written(tmp_path, CASES["llama"][1], "f32")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(check.CheckError, match=r"llama\.cpp does not load x\.gguf"):
+        check.llama_cpp(path, cfg, params, "f32", BYTES)
