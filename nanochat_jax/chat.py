@@ -6,8 +6,11 @@ Marks are ids, put between the encoded texts; what a text contains is characters
 which spells a mark cannot forge a turn. `TEMPLATE` says the same in Jinja, for libraries that read exports.
 """
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -58,6 +61,20 @@ def render(tokenizer: Tokenizer, messages: Iterable[Mapping[str, str]]) -> Rende
         ids += [start, *text, end]
         learned += [False, *[role == "assistant"] * (len(text) + 1)]
     return Rendered(ids, learned)
+
+
+def learner(tokenizer: Tokenizer) -> Callable[[np.ndarray], np.ndarray]:
+    """Build learned(ids [n]) -> bool [n], which says of rendered ids what `render` says of them.
+
+    Marks tell, because no text can hold one; so nothing but the ids need be stored, and the beginning of a
+    conversation is enough to know what is learned there.
+    """
+    return functools.partial(_learned, *(tokenizer.special_id(mark) for mark in _marks("assistant")))
+
+
+def _learned(start: int, end: int, ids: np.ndarray) -> np.ndarray:
+    speaking = np.cumsum((ids == start).astype(np.int32) - (ids == end))  # 1 behind a start, 0 behind an end
+    return np.concatenate([[False], speaking[:-1] > 0])
 
 
 def prompt(tokenizer: Tokenizer, messages: Iterable[Mapping[str, str]]) -> list[int]:

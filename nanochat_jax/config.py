@@ -147,12 +147,11 @@ class PoolConfig:
 class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
-    source: str = (
-        "stdlib"  # stdlib | rust | hf:<dataset>[:[config:]split] | tokens:<file> | path | glob | URL
-    )
+    source: str = "stdlib"  # stdlib | rust | conversations | hf:<dataset>[:[config:]split] | tokens:<file> | path | glob | URL
     mix: tuple[
         tuple[str, str, float], ...
     ] = ()  # (name, source, weight) of each part; () = data.source alone
+    kind: str = "text"  # text | chat: rows of tables are conversations; what the assistant says is learned
     tokenizer: str = "bpe"  # bpe, bpe3 (trained; digits in threes, for GGUF) | bytes | a tokenizer.json
     seq_len: int = 256  # tokens per row
     batch: int = 8  # rows per optimizer step, over all devices
@@ -306,7 +305,7 @@ class EvalConfig:
 
     every_steps: int = 200  # 0 = only at the end
     batches: int = 16  # held-out batches (of data.batch rows); always the same ones; 0 = all
-    prompt: str = "def "  # text that the samples continue
+    prompt: str = "def "  # text that the samples continue; with data.kind = "chat" the question they answer
     sample_tokens: int = 120  # 0 = no samples
 
 

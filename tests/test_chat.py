@@ -1,5 +1,6 @@
 """The chat template: marks between texts, what is learned, and the same in Jinja."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +24,14 @@ def test_marks_are_where_the_turns_are(messages):
     said = "".join(m["content"] + "<|assistant_end|>" for m in messages if m["role"] == "assistant")
     assert TOKENIZER.decode(i for i, own in zip(ids, learned, strict=True) if own) == said
     assert chat.prompt(TOKENIZER, messages) == [*ids, TOKENIZER.special_id("<|assistant_start|>")]
+
+
+@given(MESSAGES, st.integers(0, 60))
+def test_what_is_learned_can_be_told_from_the_ids(messages, cut):
+    """Of a whole conversation and of its beginning."""
+    ids, learned = chat.render(TOKENIZER, messages)
+    told = chat.learner(TOKENIZER)(np.array(ids[: cut + 1], np.uint16))
+    assert told.dtype == bool and told.tolist() == learned[: cut + 1]
 
 
 @given(MESSAGES, st.booleans())

@@ -439,6 +439,23 @@ def test_blocks_resolve(name):
             {"data__source": "tokens:a.u16", "data__verify_every_n_examples": 1},
             "token file, which has no text",
         ),
+        ({"data__kind": "chats"}, "'data.kind' = 'chats' is unknown. Did you mean 'chat'?"),
+        (
+            {"data__kind": "chat", "data__verify_every_n_examples": 2},
+            "'data.verify_every_n_examples' must be 0 with data.kind = 'chat'",
+        ),
+        (
+            {"data__kind": "chat", "data__reference": "r", "model__filter": {"keep": 0.5, "score": "excess"}},
+            "'data.reference' must be empty with data.kind = 'chat', whose rows are conversations, got 'r'",
+        ),
+        (
+            {"data__kind": "chat", "data__source": "tokens:a.u16"},
+            "'tokens:a.u16' is a token file, and has no conversations",
+        ),
+        (
+            {"data__kind": "chat", "data__mix": (("a", "x", 1.0), ("b", "tokens:b.u16", 1.0))},
+            "'tokens:b.u16' is a token file, and has no conversations",
+        ),
         ({"data__pool__order": "declare"}, "Did you mean 'declared'?"),
         ({"data__pool__window": 8}, "'data.pool.window' has no effect because data.pool.order is 'strict'"),
         ({"data__pool__replay": "a"}, "'data.pool.replay' has no effect because data.pool.order is 'strict'"),
@@ -588,7 +605,7 @@ for _group in ("embed", "head", "scalar"):
 ELSEWHERE = {
     "seed": "test_system (same seed)",
     "name": "test_system (workdir)", "workdir": "cli.workdir", "model.embed_std": "initial values, below",
-    "data.source": "test_sources", "data.tokenizer": "test_shards", "data.isolate": "test_packing",
+    "data.kind": "test_turns", "data.source": "test_sources", "data.tokenizer": "test_shards", "data.isolate": "test_packing",
     "data.shuffle": "test_pipeline", "data.val_percent": "test_shards", "data.max_bytes": "test_sources",
     "data.mix": "test_mixture", "data.tokenize_workers": "test_encode",
     "data.verify_every_n_examples": "test_compiles", "data.min_compile_rate": "test_compiles",

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat_jax import tokenizer as tokenizers
-from nanochat_jax.data import workers
+from nanochat_jax.data import turns, workers
 from nanochat_jax.data.text import Text, write_json
 
 BLOCK_BYTES = 4_000_000  # text encoded between two records of progress
@@ -64,7 +64,7 @@ def encode(
                 handle.write(np.zeros(1, "<i8").tobytes())
         due = [(index, block) for index, block in enumerate(plan) if block.stop > done]
         if processes:
-            made = workers.encoded(due, dtype, work, records, out / "tokenizer.json", processes)
+            made = workers.encoded(due, dtype, work, records, out / "tokenizer.json", processes, text.kind)
         else:
             made = (_encoded(tokenizer, text, block, dtype) for _, block in due)
         stack.enter_context(closing(made))
@@ -84,4 +84,8 @@ def encode(
 
 
 def _encoded(tokenizer: tokenizers.Tokenizer, text: Text, block: range, dtype: str) -> workers.Block:
-    return workers.packed(tokenizer.encode_batch([text[i] for i in block]), tokenizer.bos_id, dtype)
+    documents = [text[i] for i in block]
+    if text.kind == "text":  # in threads
+        return workers.packed(tokenizer.encode_batch(documents), tokenizer.bos_id, dtype)
+    encode = turns.encoder(tokenizer, text.kind)
+    return workers.packed([encode(document) for document in documents], tokenizer.bos_id, dtype)

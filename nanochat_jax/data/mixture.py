@@ -132,7 +132,7 @@ def _shared_tokenizer(
             text = shards.gathered(part, cache_dir, _labelled(name, report))
         chosen = np.flatnonzero(~text.held_out)
         share = max(1, int(shards.TRAINING_BYTES * weights[name]))
-        learned += [text[i] for i in chosen[:: -(-int(text.sizes[chosen].sum()) // share)]]
+        learned += [text.plain(i) for i in chosen[:: -(-int(text.sizes[chosen].sum()) // share)]]
     report(f"training a tokenizer of {vocab_size} ids on {sum(map(len, learned)) / 1e6:.1f} M characters")
     shards.save_whole(path, tokenizers.train(learned, vocab_size, tokenizers.SPLITS[kind]))
     return path

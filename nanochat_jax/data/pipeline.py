@@ -15,6 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from nanochat_jax import chat
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data import packing, pool, reference
 from nanochat_jax.data.mixture import Mixture, Part, parts_of
@@ -25,14 +26,21 @@ Arrays = dict[str, np.ndarray]
 
 
 class _Rows:
-    """Random-access source of packed rows of one or several splits, one after the other.
+    """Random-access source of packed rows of a corpus' or mixture's splits, one after the other.
 
     With their part of `losses` [n] as field "reference".
     """
 
-    def __init__(self, splits: Sequence[Tokens], cfg: DataConfig, losses: np.ndarray | None = None):
-        self.splits, self.seq_len, self.isolate, self.losses = splits, cfg.seq_len, cfg.isolate, losses
-        counts = [packing.rows(split.count, cfg.seq_len) for split in splits]
+    def __init__(
+        self, corpus: Corpus | Mixture, split: str, cfg: DataConfig, losses: np.ndarray | None = None
+    ):
+        self.splits: list[Tokens] = [getattr(part.corpus, split) for part in parts_of(corpus)]
+        self.seq_len, self.isolate, self.losses = cfg.seq_len, cfg.isolate, losses
+        self.layouts = [_layout(split, cfg) for split in self.splits]
+        self.learned = chat.learner(corpus.tokenizer) if cfg.kind == "chat" else None
+        counts = [
+            _row_count(split, cfg, layout) for split, layout in zip(self.splits, self.layouts, strict=True)
+        ]
         self.starts = np.cumsum([0, *counts])  # first row of each split, and the number of rows
 
     def __len__(self) -> int:
@@ -41,6 +49,11 @@ class _Rows:
     def __getitem__(self, index: int) -> Arrays:
         part = int(np.searchsorted(self.starts, index, "right")) - 1
         tokens, index = self.splits[part], int(index) - int(self.starts[part])
+        layout = self.layouts[part]
+        if layout is not None and self.learned is not None:
+            return packing.whole(
+                tokens.ids, tokens.offsets, layout, index, self.seq_len, self.isolate, self.learned
+            )
         row = packing.window(tokens.ids, tokens.offsets, index, self.seq_len, self.isolate)
         if self.losses is not None:
             start = index * self.seq_len + 1
@@ -54,10 +67,22 @@ class _Rows:
     def documents(self) -> np.ndarray:
         """int64 [rows]: documents that start in each row: what making it costs."""
         found = []
-        for split, count in zip(self.splits, np.diff(self.starts), strict=True):
+        for split, layout, count in zip(self.splits, self.layouts, np.diff(self.starts), strict=True):
+            if layout is not None:
+                found.append(np.diff(layout.first))
+                continue
             edges = np.searchsorted(split.offsets, np.arange(count + 1) * self.seq_len, "right")
             found.append(np.diff(edges))
         return np.concatenate(found)
+
+
+def _layout(tokens: Tokens, cfg: DataConfig) -> packing.Layout | None:
+    """Of conversations, which stay whole; None for text, which is concatenated and cut."""
+    return packing.best_fit(tokens.offsets, cfg.seq_len) if cfg.kind == "chat" else None
+
+
+def _row_count(tokens: Tokens, cfg: DataConfig, layout: packing.Layout | None) -> int:
+    return packing.rows(tokens.count, cfg.seq_len) if layout is None else len(layout.first) - 1
 
 
 class _Samples:
@@ -221,7 +246,7 @@ def _order(
     """(row numbers without end, in a new permutation every epoch; training rows)."""
     parts = parts_of(corpus)
     losses = reference.load(cfg, parts[0].corpus) if cfg.reference else None
-    rows = _Rows([part.corpus.train for part in parts], cfg, losses)
+    rows = _Rows(corpus, "train", cfg, losses)
     if len(rows) < cfg.batch:
         tokens = sum(part.corpus.train.count for part in parts)
         raise DataError(
@@ -253,6 +278,22 @@ def _whole(parts: tuple[Part, ...]) -> list[int]:
     """Weights as whole numbers, the least 100: Grain rounds others down."""
     least = min(part.weight for part in parts)
     return [round(100 * part.weight / least) for part in parts]
+
+
+def whole_text(cfg: DataConfig, corpus: Corpus) -> str:
+    """How the training conversations of a corpus fit into rows: what is cut off, and what is padding."""
+    tokens = corpus.train
+    layout, (cut, lost) = (
+        packing.best_fit(tokens.offsets, cfg.seq_len),
+        packing.cut_off(tokens.offsets, cfg.seq_len),
+    )
+    documents, rows = len(layout.order), len(layout.first) - 1
+    filled = tokens.count - documents - lost
+    ends = f"{cut} longer than a row lose {lost} tokens at their ends" if cut else "none is longer than a row"
+    return (
+        f"{documents} conversations in {rows} rows of {cfg.seq_len}, {100 - 100 * filled / (rows * cfg.seq_len):.0f}% "
+        f"padding; {ends}"
+    )
 
 
 class _Held(Sequence[Arrays]):
@@ -295,7 +336,7 @@ def val_parts(cfg: DataConfig, corpus: Corpus | Mixture, limit: int = 0) -> dict
 def _held_out(cfg: DataConfig, corpus: Corpus | Mixture, limit: int) -> tuple[_Rows, list[np.ndarray]]:
     """(held-out rows, the numbers of those of each part that are scored)."""
     parts = parts_of(corpus)
-    rows = _Rows([part.corpus.val for part in parts], cfg)
+    rows = _Rows(corpus, "val", cfg)
     counts = np.diff(rows.starts)
     for part, count in zip(parts, counts, strict=True):
         if not count:
@@ -326,7 +367,7 @@ def _shares(parts: tuple[Part, ...], counts: np.ndarray, limit: int) -> np.ndarr
 def epoch_steps(cfg: DataConfig, corpus: Corpus | Mixture) -> float:
     """Steps in which every training row is seen once; of a mixture, of the part that is seen most often."""
     return min(
-        packing.rows(part.corpus.train.count, cfg.seq_len) / (cfg.batch * part.weight)
+        _row_count(part.corpus.train, cfg, _layout(part.corpus.train, cfg)) / (cfg.batch * part.weight)
         for part in parts_of(corpus)
     )
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from nanochat_jax import chat
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import ConfigError, DataConfig
 from nanochat_jax.data import compiles, encode, sources
@@ -133,7 +134,7 @@ def gathered(cfg: DataConfig, cache_dir: Path, report: Report) -> texts.Text:
     """The documents of `cfg.source`, kept for the `prepare` that follows. Raises: as `prepare`."""
     with _workplace(cache_dir, text_request(cfg), report) as work:
         texts.gather(cfg, work, report)
-        return texts.opened(work)
+        return texts.opened(work, cfg.kind)
 
 
 def text_request(cfg: DataConfig) -> dict[str, Any]:
@@ -148,6 +149,8 @@ def text_request(cfg: DataConfig) -> dict[str, Any]:
         request["fingerprint"] = sources.discover(cfg.source)
     if cfg.verify_every_n_examples:
         request["verify"] = compiles.request(cfg)
+    if cfg.kind != "text":
+        request["kind"] = cfg.kind
     return request
 
 
@@ -262,14 +265,19 @@ def _from_text(cfg: DataConfig, vocab_size: int, cache_dir: Path, work: Path, re
     key = {
         "version": VERSION, "text": facts["sha256"], "val_percent": cfg.val_percent,
         "tokenizer": tokenizer_name(cfg, vocab_size),
-    }  # fmt: skip
+    } | ({"kind": cfg.kind} if cfg.kind != "text" else {})  # fmt: skip
     name = digest(key)[:20]
     if (cache_dir / name / "manifest.json").exists():
         return cache_dir / name  # other names or times, same content
     out = work / name
     out.mkdir(exist_ok=True)
-    text = texts.opened(work)
+    text = texts.opened(work, cfg.kind)
     tokenizer = _tokenizer(cfg, vocab_size, text, out, report)
+    if cfg.kind == "chat" and not chat.supports(tokenizer):
+        raise ConfigError(
+            f"'data.tokenizer' = '{cfg.tokenizer}' has no marks for chat turns, such as <|user_start|>, which "
+            "data.kind = 'chat' needs"
+        )
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     records = work / f"{name}.records"
     records.mkdir(exist_ok=True)
@@ -277,7 +285,7 @@ def _from_text(cfg: DataConfig, vocab_size: int, cache_dir: Path, work: Path, re
     splits = {
         name: {
             "file": f"{name}.bin", "skip": 0, "tokens": counts[name], "documents": int(part.sum()),
-            "bytes": int(text.sizes[part].sum()),
+            "bytes": int(text.sizes[part].sum()) if cfg.kind == "text" else _said(out / f"{name}.bin", dtype, tokenizer),
         }
         for name, part in (("train", ~text.held_out), ("val", text.held_out))
     }  # fmt: skip
@@ -288,6 +296,11 @@ def _from_text(cfg: DataConfig, vocab_size: int, cache_dir: Path, work: Path, re
     compiled = f"; {checks['compiled']} of {checks['checked']} checked files compile" if checks else ""
     report(f"{len(text.held_out)} documents, {sum(counts.values())} tokens; skipped: {skipped}{compiled}")
     return out
+
+
+def _said(path: Path, dtype: str, tokenizer: tokenizers.Tokenizer) -> int:
+    """Bytes of text in a file of conversations, whose stored form is longer."""
+    return int(tokenizer.token_bytes()[np.memmap(path, dtype, "r")].sum(dtype=np.int64))
 
 
 def _tokenizer(
@@ -305,7 +318,7 @@ def _tokenizer(
         size = text.sizes[learned].sum() / 1e6
         report(f"training a tokenizer of {vocab_size} ids on {size:.1f} MB")
         rule = tokenizers.SPLITS[cfg.tokenizer]
-        tokenizer = tokenizers.train((text[i] for i in learned), vocab_size, rule)
+        tokenizer = tokenizers.train((text.plain(i) for i in learned), vocab_size, rule)
     save_whole(path, tokenizer)
     return tokenizer
 

@@ -3,7 +3,8 @@
 `discover(source)` says cheaply what a source consists of (names, sizes, times), `documents(cfg)`
 reads it: in one fixed order, with every skipped document counted by reason, and from any place in
 that order. Source code is taken file by file and filtered (if wanted by its compiler, see
-`compiles`); prose and rows of tables are taken as they are, and cut if very long.
+`compiles`); prose and rows of tables are taken as they are, and cut if very long. With data.kind = "chat" rows are
+conversations, see `turns`.
 """
 
 import glob
@@ -26,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from nanochat_jax.config import DataConfig
-from nanochat_jax.data import compiles, remote
+from nanochat_jax.data import compiles, remote, turns
 
 MIN_BYTES, MAX_BYTES = 64, 1_000_000  # of a document
 MAX_LINE = 1000  # characters; longer lines in source files are data or generated code
@@ -139,7 +140,13 @@ def _rust() -> tuple[Path, list[Path]]:
     return Path("/"), found
 
 
-PLACES: dict[str, Callable[[], tuple[Path, list[Path]]]] = {"stdlib": _stdlib, "rust": _rust}
+def _conversations() -> tuple[Path, list[Path]]:
+    return Path(__file__).parent, [Path(__file__).with_name("conversations.jsonl")]
+
+
+PLACES: dict[str, Callable[[], tuple[Path, list[Path]]]] = {
+    "stdlib": _stdlib, "rust": _rust, "conversations": _conversations
+}  # fmt: skip
 
 
 def files(source: str) -> tuple[Path, list[Path]]:
@@ -221,9 +228,9 @@ def documents(
 
     To go on behind a document, give its `after` as start, the SHA-256 of all earlier and rejected
     texts as seen, the tally as it was then, and the bytes of the earlier documents as total.
-    Args: cfg: source, text_key, max_bytes, verify_every_n_examples, min_compile_rate, row_language.
+    Args: cfg: source, kind, text_key, max_bytes, verify_every_n_examples, min_compile_rate, row_language.
     skipped: receives counts of documents by reason: "unreadable", "undecodable", "short", "long",
-    "long line", "duplicate", "no text", "does not compile". tally: receives those, and more.
+    "long line", "duplicate", "no text", "does not compile", and of conversations those of `turns`. tally: receives those, and more.
     Raises: DataError if nothing is found, a file is damaged or too few files compile; RemoteError;
     MissingExtra for Parquet, hf: and URLs without their packages.
     """
@@ -277,28 +284,27 @@ def _raw(cfg: DataConfig, start: Place) -> _Items:
 
 def _parts(cfg: DataConfig) -> tuple[int, Callable[[int, int], _Raw]]:
     """(number of files, what reads file i from item k on)."""
-    key = cfg.text_key
     if remote.is_remote(cfg.source):
         listed = _listing(cfg.source)
-        return len(listed), lambda file, first: _remote_file(listed[file], key, first)
+        return len(listed), lambda file, first: _remote_file(listed[file], cfg, first)
     if cfg.source.startswith("hf:"):
-        return 1, lambda file, first: itertools.islice(_hub(cfg.source, key), first, None)
+        return 1, lambda file, first: itertools.islice(_hub(cfg), first, None)
     root, found = files(cfg.source)
-    return len(found), lambda file, first: itertools.islice(_local_file(root, found[file], key), first, None)
+    return len(found), lambda file, first: itertools.islice(_local_file(root, found[file], cfg), first, None)
 
 
-def _local_file(root: Path, path: Path, key: str) -> _Raw:
+def _local_file(root: Path, path: Path, cfg: DataConfig) -> _Raw:
     name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
     try:
         with path.open("rb") as content:
-            yield from _contents(content, path.stat().st_size, name, str(path), key)
+            yield from _contents(content, path.stat().st_size, name, str(path), cfg)
     except OSError:
         yield name, "unreadable"
 
 
-def _remote_file(entry: remote.RemoteFile, key: str, first: int) -> _Raw:
+def _remote_file(entry: remote.RemoteFile, cfg: DataConfig, first: int) -> _Raw:
     def read(content: BinaryIO) -> _Raw:
-        return _contents(content, entry.size, entry.url, entry.url, key)
+        return _contents(content, entry.size, entry.url, entry.url, cfg)
 
     try:
         yield from remote.items(entry.url, read, first, (DataError, MissingExtra))
@@ -310,12 +316,14 @@ def _remote_file(entry: remote.RemoteFile, key: str, first: int) -> _Raw:
         ) from error
 
 
-def _contents(content: BinaryIO, size: int, name: str, where: str, key: str) -> _Raw:
+def _contents(content: BinaryIO, size: int, name: str, where: str, cfg: DataConfig) -> _Raw:
     """Items of one opened file. Args: name: of its documents. where: it, for messages."""
     reader = next((r for suffix, r in READERS.items() if where.endswith(suffix)), None)
     if reader:
-        rows = reader(content, key, where)
-        yield from ((f"{name}:{index}", raw) for index, row in enumerate(rows) for raw in _row(row))
+        rows = reader(content, cfg.text_key, where)
+        yield from ((f"{name}:{index}", raw) for index, row in enumerate(rows) for raw in _row(row, cfg))
+    elif cfg.kind == "chat":
+        yield name, "no table"
     elif where.endswith(PROSE):
         yield from ((f"{name}:{index}", raw) for index, raw in enumerate(_pieces(content)))
     else:
@@ -331,8 +339,12 @@ def _code(content: BinaryIO, size: int) -> bytes | str:
     return "long line" if max(map(len, lines)) > MAX_LINE else raw
 
 
-def _row(text: Any) -> Iterator[bytes | str]:
-    """The text of a table's row, in pieces of at most MAX_BYTES."""
+def _row(text: Any, cfg: DataConfig) -> Iterator[bytes | str]:
+    """The text of a table's row, in pieces of at most MAX_BYTES; of a conversation what is stored, in one."""
+    if cfg.kind == "chat":
+        raw = turns.stored(text)
+        yield "long" if len(raw) > MAX_BYTES else raw
+        return
     if not isinstance(text, str):
         yield "no text"
         return
@@ -402,14 +414,14 @@ def _dataset(source: str) -> tuple[str, str | None, str]:
     return name, (rest[0] or None) if len(rest) == 2 else None, (rest[-1] if rest else "") or "train"
 
 
-def _hub(source: str, key: str) -> _Raw:
+def _hub(cfg: DataConfig) -> _Raw:
     """Rows of `datasets.load_dataset`, streamed; a local directory of files works too."""
-    datasets = need("datasets", "data")
+    datasets, source = need("datasets", "data"), cfg.source
     name, configuration, split = _dataset(source)
     try:
         rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
         for index, row in enumerate(rows):
-            for raw in _row(_field(row, key, f"{source} row {index}")):
+            for raw in _row(_field(row, cfg.text_key, f"{source} row {index}"), cfg):
                 yield f"{name}:{index}", raw
     except DataError:
         raise

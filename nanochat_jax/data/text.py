@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_jax.config import DataConfig
-from nanochat_jax.data import sources
+from nanochat_jax.data import sources, turns
 from nanochat_jax.data.sources import DataError
 
 RECORD_BYTES = 4_000_000  # text gathered between two records
@@ -33,9 +33,14 @@ class Text:
     raw: np.ndarray  # uint8 [bytes]
     offsets: np.ndarray  # int64 [documents + 1]
     held_out: np.ndarray  # bool [documents]
+    kind: str = "text"  # data.kind
 
     def __getitem__(self, index: int) -> str:
         return self.raw[self.offsets[index] : self.offsets[index + 1]].tobytes().decode()
+
+    def plain(self, index: int) -> str:
+        """A document's text, for a tokenizer to be trained on."""
+        return turns.plain(self[index], self.kind)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -50,12 +55,13 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def opened(work: Path) -> Text:
+def opened(work: Path, kind: str = "text") -> Text:
     """What `gather` has written."""
     return Text(
         np.memmap(work / "text.bin", np.uint8, "r"),
         np.fromfile(work / "text.offsets", "<i8"),
         np.fromfile(work / "text.val", bool),
+        kind,
     )
 
 
@@ -99,6 +105,8 @@ def _gather(cfg: DataConfig, work: Path, report: Report) -> None:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(tally.skipped.items())) or "nothing found"
         cap = f" within data.max_bytes = {cfg.max_bytes}" if cfg.max_bytes else ""
         raise DataError(f"data.source '{cfg.source}' has no usable document{cap}; skipped: {reasons}")
+    if len(held_out) == 1 and cfg.kind == "chat":
+        raise DataError(f"data.source '{cfg.source}' has one conversation, and one must be held out")
     if len(held_out) == 1:
         report(f"only one document: its last {cfg.val_percent}% is held out")
         offsets, held_out = _cut(work / "text.bin", cfg.val_percent), [False, True]

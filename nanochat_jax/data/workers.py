@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanochat_jax import tokenizer as tokenizers
+from nanochat_jax.data import turns
 
 ATTEMPTS = 3  # to encode one block, before the preparation fails
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nanochat_jax.data import workers; workers.serve(*sys.argv[2:])"
@@ -46,7 +47,13 @@ def packed(documents: list[list[int]], bos: int, dtype: str) -> Block:
 
 
 def encoded(
-    due: list[tuple[int, range]], dtype: str, work: Path, folder: Path, tokenizer: Path, count: int
+    due: list[tuple[int, range]],
+    dtype: str,
+    work: Path,
+    folder: Path,
+    tokenizer: Path,
+    count: int,
+    kind: str = "text",
 ) -> Iterator[Block]:
     """Blocks (index, documents) of work/text.bin in order, made by `count` processes. Close it after use.
 
@@ -55,7 +62,7 @@ def encoded(
     """
     ledger = folder / "ledger.jsonl"
     known = _read_ledger(ledger)
-    words = [json.dumps(sys.path), str(tokenizer), str(work), str(folder), dtype]
+    words = [json.dumps(sys.path), str(tokenizer), str(work), str(folder), dtype, kind]
     command = [sys.executable, "-c", START, *words]
     idle: queue.Queue[subprocess.Popen[str] | None] = queue.Queue()
     writing = threading.Lock()
@@ -168,20 +175,21 @@ def _read(folder: Path, entry: dict[str, Any], dtype: str) -> Block:
     return Block(np.frombuffer(raw[split:], dtype), np.frombuffer(raw[:split], "<i8"))
 
 
-def serve(tokenizer: str, work: str, folder: str, dtype: str) -> None:
+def serve(tokenizer: str, work: str, folder: str, dtype: str, kind: str) -> None:
     """The worker: encode the blocks that standard input names, until it ends.
 
     A block's file holds the number of tokens of each document (int64), then the tokens.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     loaded = tokenizers.load(Path(tokenizer))
+    encode = turns.encoder(loaded, kind)
     raw = np.memmap(Path(work) / "text.bin", np.uint8, "r")
     offsets = np.memmap(Path(work) / "text.offsets", "<i8", "r")
     for line in sys.stdin:
         index, start, stop = map(int, line.split())
         try:
             texts = (raw[offsets[i] : offsets[i + 1]].tobytes().decode() for i in range(start, stop))
-            made = packed([loaded.encode(text) for text in texts], loaded.bos_id, dtype)
+            made = packed([encode(text) for text in texts], loaded.bos_id, dtype)
             content = made.lengths.astype("<i8").tobytes() + made.tokens.tobytes()
             path = _path(Path(folder), index)
             partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")

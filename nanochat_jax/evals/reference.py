@@ -22,7 +22,10 @@ def token_losses(
     Args: nll_fn: jitted `losses.make_token_nll(...)`. tokens: the training split.
     Returns: float32 [n], entry i the nats of token i as a target. 0 for tokens that no row has as its
     target: the first one and those of the last, partial row.
+    Raises: ValueError for conversations, whose rows are others.
     """
+    if cfg.kind == "chat":
+        raise ValueError("losses for data.reference need data.kind = 'text', got 'chat'")
     count, L = packing.rows(tokens.count, cfg.seq_len), cfg.seq_len
     made = np.zeros(tokens.count, np.float32)
     for first in range(0, count, cfg.batch):

@@ -28,6 +28,7 @@ def validate_data(d: DataConfig) -> None:
         raise ConfigError(f"'data.val_percent' must be in 1..50, got {d.val_percent}")
     _validate_mix(d)
     _validate_filter(d)
+    _validate_kind(d)
     _validate_pool(d)
 
 
@@ -64,6 +65,20 @@ def _validate_filter(d: DataConfig) -> None:
         unused("data", d, "data.verify_every_n_examples is 0", ("min_compile_rate", "row_language"))
     elif not d.mix and d.source.startswith("tokens:"):
         raise ConfigError("'data.verify_every_n_examples' must be 0 with a token file, which has no text")
+
+
+def _validate_kind(d: DataConfig) -> None:
+    choice("data.kind", d.kind, ("text", "chat"))
+    if d.kind == "text":
+        return
+    why = "with data.kind = 'chat', whose rows are conversations"
+    if d.verify_every_n_examples:
+        raise ConfigError(f"'data.verify_every_n_examples' must be 0 {why}, got {d.verify_every_n_examples}")
+    if d.reference:
+        raise ConfigError(f"'data.reference' must be empty {why}, got '{d.reference}'")
+    for source in [d.source] if not d.mix else [source for _, source, _ in d.mix]:
+        if source.startswith("tokens:"):
+            raise ConfigError(f"'{source}' is a token file, and has no conversations for data.kind = 'chat'")
 
 
 def _validate_pool(d: DataConfig) -> None:
