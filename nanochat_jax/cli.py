@@ -141,6 +141,20 @@ def trained(call: Invocation) -> tuple[Path, Config]:
     return home, load(dataclasses.replace(call, config_path=call.config_path or str(home / "config.json")))
 
 
+def check_base(cfg: Config, home: Path) -> None:
+    """Before anything is read: is there a run in ckpt.init_from, which a run that begins in `home` starts from?
+
+    Raises: ConfigError with the command that makes it.
+    """
+    base = cfg.ckpt.init_from
+    if base and not any(found for place in (home, Path(base)) for found in (place / "ckpt").glob("[0-9]*")):
+        name = Path(base).name if Path(base).name in _configs() else "<its config>"
+        raise ConfigError(
+            f"'ckpt.init_from' = '{base}' is no run with a checkpoint; make it with: "
+            f"python -m nanochat_jax.train --config={name} --workdir={base}"
+        )
+
+
 def _override(settings: ConfigDict, key: str, text: str, source: str) -> None:
     kinds = config_lib.all_keys()
     if any(known.startswith(f"{key}.") for known in kinds):

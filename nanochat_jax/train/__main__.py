@@ -13,6 +13,8 @@ FLAGS = {
 
 def main(cfg: Config, call: cli.Invocation) -> int:
     """Check, compose, run."""
+    if not call.dry_run:
+        cli.check_base(cfg, cli.workdir(cfg, call))
     if call.verify_resume:
         if cfg.data.pool.order == "completion" and not cfg.data.pool.replay:
             raise ConfigError(

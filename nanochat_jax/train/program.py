@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanochat_jax import checkpoint, losses, optim, parallel, processes
+from nanochat_jax import chat, checkpoint, losses, optim, parallel, processes, tokenizer
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import Config, ConfigError, InferConfig, padded_vocab
 from nanochat_jax.data import mixture, pipeline, shards
@@ -175,6 +175,16 @@ def start_state(
     return parts, state, extension, f"continuing at step {step}"
 
 
+def _same_tokenizer(cfg: Config, sha256: str) -> None:
+    """Parameters mean nothing with another tokenizer's ids. Raises: ConfigError."""
+    own = Path(cfg.ckpt.init_from) / "tokenizer.json"
+    if cfg.ckpt.init_from and own.exists() and tokenizer.load(own).sha256 != sha256:
+        raise ConfigError(
+            f"'ckpt.init_from' = '{cfg.ckpt.init_from}' was trained with another tokenizer than this run's; set "
+            f"data.tokenizer = {own}"
+        )
+
+
 def _initial_params(cfg: Config, parts: Parts, fresh: Any) -> Any:
     """The parameters of ckpt.init_from. An exit gate that it lacks is the fresh one: a looped model can be
     trained without and get its gate in a run of its own (train.loss = gate)."""
@@ -235,6 +245,8 @@ def _train(
     corpus = mixture.prepare(cfg.data, cfg.model.vocab_size, cache / "tokens", progress.print)
     processes.alike("prepared data", corpus.sha256)
     with checkpoint.Checkpointer(cfg.ckpt, home / "ckpt") as checkpoints:
+        if checkpoints.latest() is None:
+            _same_tokenizer(cfg, corpus.tokenizer.sha256)
         parts, state, extension, origin = start_state(cfg, home, checkpoints, resume)
         first = int(state.step)
         device = jax.devices()[0]
@@ -393,8 +405,11 @@ def _scorer(
 def _sampler(
     cfg: Config, parts: Parts, corpus: mixture.Mixture | shards.Corpus
 ) -> Callable[[TrainState], str]:
-    tokenizer = corpus.tokenizer
-    prompt = [tokenizer.bos_id, *tokenizer.encode(cfg.eval.prompt)]
+    words, stops = corpus.tokenizer, frozenset[int]()
+    prompt = [words.bos_id, *words.encode(cfg.eval.prompt)]
+    if cfg.data.kind == "chat":
+        prompt = chat.prompt(words, [{"role": "user", "content": cfg.eval.prompt}])
+        stops = chat.stop_ids(words)
     length = cfg.eval.sample_tokens
     settings = InferConfig(
         max_tokens=length, temperature=cfg.infer.temperature, top_k=cfg.infer.top_k, top_p=cfg.infer.top_p,
@@ -410,7 +425,8 @@ def _sampler(
         else:  # every process makes the sample, from a copy of its own, so that all run the same programs
             params = jax.tree.map(lambda leaf: leaf.addressable_data(0), everywhere(state.params))
         ids = engine.generate(cfg.model, params, prompt, settings, jax.random.key(cfg.seed))
-        return cfg.eval.prompt + "".join(load.pieces(tokenizer, ids))
+        said = itertools.takewhile(lambda i: i not in stops, ids)
+        return cfg.eval.prompt + "\n" * bool(stops) + "".join(load.pieces(words, said))
 
     return text
 
@@ -442,17 +458,24 @@ def _data_lines(cfg: Config, corpus: mixture.Mixture | shards.Corpus) -> str:
             f"data:   {what}: {tokens['train']} tokens to train on, {tokens['val']} held out; "
             f"this run sees {epochs:.2f} epochs"
         )
+        if cfg.data.kind == "chat":
+            lines.append(f"        {pipeline.whole_text(cfg.data, part.corpus)}")
     return "\n".join(lines)
 
 
 def _farewell(cfg: Config, home: Path, progress: Progress, scores: dict, count: int, took: float) -> None:
     tokens = count * cfg.data.batch * cfg.data.seq_len
     speed = f"{si(tokens / took)} tokens/s over all, " if count else ""
+    first = (
+        f'  python -m nanochat_jax.inference --workdir={home} --prompt="{cfg.eval.prompt}" --max_tokens=200\n'
+        f"  python -m nanochat_jax.train --config=sft_tiny:base={home}  # to chat with it afterwards\n"
+    ) * (cfg.data.kind == "text")
     progress.print(
         f"done in {duration(took)}: {scores['eval/bpb']:.4f} bits per byte held out, "
         f"{scores['eval/loss']:.4f} nats per token, {speed}"
         f"peak memory {hooks.memory_gib():.1f} GiB\n\nnext:\n"
-        f'  python -m nanochat_jax.inference --workdir={home} --prompt="{cfg.eval.prompt}" --max_tokens=200\n'
+        f"{first}"
+        f"  python -m nanochat_jax.inference --workdir={home} --chat\n"
         f"  python -m nanochat_jax.serve --workdir={home}\n"
         f"  tensorboard --logdir={home / 'tb'}\n"
         f"  python -m nanochat_jax.train --config={home / 'config.json'} --workdir={home} "
