@@ -27,11 +27,11 @@ def get_config(arg: str = ""):
         val_percent=5, seq_len=256, batch=4,
     )  # fmt: skip
     for group in ("matrix", "embed", "head", "scalar"):
-        config.opt[group].lr *= 0.1  # the base has learned the language
+        config.opt[group].lr *= 0.5  # and fall to a tenth of that
     config.opt.schedule.update(kind="linear", warmup_steps=10)
-    config.train.steps = 240
+    config.train.steps = 180
     config.eval.update(
-        every_steps=60, batches=0, prompt="What does Rust's borrow checker do?", sample_tokens=60
+        every_steps=90, batches=0, prompt="What does Rust's borrow checker do?", sample_tokens=60
     )
     config.infer.temperature = 0.3
     return config
