@@ -18,6 +18,7 @@ def get_config(arg: str = ""):
     config = read_config("tiny")
     if (base / "config.json").exists():
         trained = read_config(str(base / "config.json"))
+        trained.model.filter = config.model.filter  # its losses are of another corpus
         config.model.update(trained.model)
         config.train.loss = trained.train.loss
     config.name = "sft_tiny"

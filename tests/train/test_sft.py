@@ -194,12 +194,16 @@ def test_the_config_takes_its_base_as_it_is(tmp_path):
     assert default.ckpt.init_from == "runs/tiny" and default.data.tokenizer == "runs/tiny/tokenizer.json"
     loss = (("next_token", 1.0), ("mtp", 0.3))
     other = dataclasses.replace(
-        tiny, model=dataclasses.replace(tiny.model, dim=128, window=(8, 0), mtp=config_lib.MtpConfig(depth=1)),
+        tiny, model=dataclasses.replace(tiny.model, dim=128, window=(8, 0), mtp=config_lib.MtpConfig(depth=1), filter=config_lib.FilterConfig(keep=0.5)),
         train=dataclasses.replace(tiny.train, loss=loss),
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config_lib.to_dict(other)))
     made = cli.get_config(f"sft_tiny:base={tmp_path}")
-    assert made.model == other.model and made.train.loss == loss and made.ckpt.init_from == str(tmp_path)
+    assert (
+        made.model == dataclasses.replace(other.model, filter=tiny.model.filter)
+        and made.train.loss == loss
+        and made.ckpt.init_from == str(tmp_path)
+    )
     assert all(
         getattr(made.opt, g).lr < getattr(tiny.opt, g).lr for g in ("matrix", "embed", "head", "scalar")
     )
