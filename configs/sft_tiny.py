@@ -31,8 +31,6 @@ def get_config(arg: str = ""):
         config.opt[group].lr *= 0.5  # and fall to a tenth of that
     config.opt.schedule.update(kind="linear", warmup_steps=10)
     config.train.steps = 180
-    config.eval.update(
-        every_steps=90, batches=0, prompt="What does Rust's borrow checker do?", sample_tokens=60
-    )
+    config.eval.update(every_steps=90, batches=0, prompt="What is ownership?", sample_tokens=60)
     config.infer.temperature = 0.3
     return config
