@@ -131,7 +131,7 @@ class Checkpointer:
         Earlier checkpoints are intact then, and later saves may succeed. With several processes a
         failure is a SaveFailedError.
         """
-        self._finish()
+        self.wait()
         self._saved_at = self._clock()  # a full disk is tried again after the interval, not at every step
         if processes.agreed(int(step in self.steps())):
             return False
@@ -141,7 +141,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"no checkpoint at step {step}: it needs {needed / 2**30:.2f} GiB free (of these "
                 f"ckpt.min_free_gb = {self.cfg.min_free_gb}), {self.directory} has {free / 2**30:.2f}; "
-                f"free some space; the checkpoint of step {self.latest()} is intact"
+                f"free some space; {self._intact()}"
             )
         items = {"params": state.params, "opt": {"opt": state.opt_state}, "step": {"step": state.step}}
         prints = {FINGERPRINTS[name]: fingerprint(tree) for name, tree in items.items()}
@@ -156,29 +156,25 @@ class Checkpointer:
         if not saved:
             raise CheckpointError(f"step {step} was not saved: it is older than step {self.latest()}")
         if wait:
-            self._finish()
+            self.wait()
         return True
-
-    def wait(self) -> None:
-        """Wait for the save under way. Raises: CheckpointError if it failed."""
-        self._finish()
 
     def check(self) -> None:
         """Report a failure in the background without waiting. Raises: CheckpointError."""
         if self._manager is not None and not self._manager.is_saving_in_progress():
-            self._finish()
+            self.wait()
 
     def close(self) -> None:
         """Wait, and release Orbax's threads. Closing twice is harmless. Raises: as `wait`."""
         if self._manager is not None:
             try:
-                self._finish()
+                self.wait()
             finally:
                 self._manager.close()
                 self._manager = None
 
-    def _finish(self) -> None:
-        """Wait for the commit of the save under way, and clean up."""
+    def wait(self) -> None:
+        """Wait for the commit of the save under way, and clean up. Raises: CheckpointError if it failed."""
         if self._manager is None:
             raise CheckpointError(f"the Checkpointer of {self.directory} is closed")
         try:
@@ -192,14 +188,16 @@ class Checkpointer:
     def _failed(self, error: Exception) -> Exception:
         """Give back the disk space of the failed save, and forget it."""
         step, self._saving = self._saving, None
+        what = f"saving step {step} in {self.directory} failed: {_first_line(error)}"
         if processes.count() > 1:
-            return SaveFailedError(f"saving step {step} in {self.directory} failed: {_first_line(error)}")
+            return SaveFailedError(what)
         self._sweep()
         self._manager.reload()
-        return CheckpointError(
-            f"saving step {step} in {self.directory} failed: {_first_line(error)}; "
-            f"the checkpoint of step {self.latest()} is intact"
-        )
+        return CheckpointError(f"{what}; {self._intact()}")
+
+    def _intact(self) -> str:
+        latest = self.latest()
+        return "there is no other one" if latest is None else f"the checkpoint of step {latest} is intact"
 
     def _sweep(self) -> None:
         """Remove what belongs to no checkpoint. Must not run while a save is under way."""
@@ -253,7 +251,7 @@ class Checkpointer:
         Raises: CheckpointError if there is none, if none is intact (with each reason), or if the
         parameters have other names, shapes or dtypes.
         """
-        self._finish()
+        self.wait()
         if step is not None and step not in self.steps():
             raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; it has {self.steps()}")
         candidates = self.steps()[::-1] if step is None else [step]

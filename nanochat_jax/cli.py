@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import faulthandler
 import hashlib
 import importlib.util
 import inspect
@@ -47,7 +48,7 @@ def run(
     """Parse the command line, resolve the config, call main(config, invocation), exit.
 
     Exit status: 0 done, 1 failed, 2 usage or config, 3 environment (a missing package or device),
-    4 verification mismatch, 130 interrupted. Errors of this package print one line; --verbosity=1
+    4 verification mismatch, 70 another process of the run was lost, 71 stalled, 130 interrupted. Errors of this package print one line; --verbosity=1
     adds the traceback.
     """
     argv = sys.argv[1:]
@@ -400,6 +401,9 @@ def setup_runtime(cfg: Config, processes: int = 1) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={devices}".strip()
         log.info("pretending that the CPU is %d devices, for the mesh", devices)
     _keep_freed_memory()
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # stderr is closed, or no file
+            faulthandler.enable()  # a crash below Python (a token file cut while it is read: SIGBUS) says where
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

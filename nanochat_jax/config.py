@@ -272,6 +272,8 @@ class TrainConfig:
     check_replicas_steps: int = (
         0  # compare the bits of all copies of the state every so many steps; 0 = never
     )
+    stall_seconds: float = 300.0  # report when no step ends for so long (or for ten usual steps); 0 = never
+    stall_exit: bool = False  # and end the process then, for a launcher to start it again
 
 
 @dataclass(frozen=True)

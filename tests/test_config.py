@@ -51,7 +51,7 @@ TOO_SMALL = {
     "ckpt.min_free_gb": -0.1, "eval.every_steps": -1, "eval.batches": -1, "eval.sample_tokens": -1,
     "log.every_steps": 0, "log.min_entropy": -0.1, "log.max_grad_norm": -0.1, "log.prometheus_port": -1,
     "infer.max_tokens": 0, "infer.temperature": -0.1, "infer.top_k": -1, "infer.capacity": 1,
-    "train.check_replicas_steps": -1,
+    "train.check_replicas_steps": -1, "train.stall_seconds": -0.1,
     "infer.exit_quantile": -0.1, "mesh.data": 0, "mesh.fsdp": 0, "mesh.tensor": 0,
 }  # fmt: skip
 
@@ -505,6 +505,10 @@ def test_blocks_resolve(name):
         ({"infer__weights": "packed"}, "needs ternary weights, but model.quant is 'full'"),
         ({"infer__impl": "reference"}, "'infer.impl' has no effect because infer.weights is 'full'"),
         ({"train__check_replicas_steps": 5}, "has no effect because the mesh is one device"),
+        (
+            {"train": {"stall_exit": True, "stall_seconds": 0.0}},
+            "'train.stall_exit' has no effect because train.stall_seconds is 0",
+        ),
         ({"opt__head__lr": 0.0}, "'opt.head.lr' must be positive, got 0.0"),
         ({"opt__schedule__floor": 1.5}, "'opt.schedule.floor' must be in [0, 1], got 1.5"),
         ({"model": 3}, "'model' must be a group of settings, got 3"),
@@ -623,7 +627,7 @@ ELSEWHERE = {
     "infer.max_tokens": "test_inference", "infer.temperature": "test_inference",
     "infer.top_k": "test_inference", "infer.top_p": "test_inference", "infer.capacity": "test_inference",
     "infer.exit_quantile": "test_loop", "infer.loop_cache": "test_loop",
-    "train.check_replicas_steps": "test_replicas",
+    "train.check_replicas_steps": "test_replicas", "train.stall_seconds": "test_watchdog", "train.stall_exit": "test_watchdog",
     "infer.weights": "test_pack", "infer.impl": "test_pack",
 }  # fmt: skip
 # Newton-Schulz settings of groups that cannot be Muon are refused (test_unread_settings_are_refused).

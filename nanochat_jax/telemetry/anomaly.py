@@ -11,7 +11,8 @@ fires on every model that has learnt something): they are options of `LogConfig`
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from nanochat_jax.config import LogConfig
 
@@ -212,6 +213,16 @@ def detectors(cfg: LogConfig) -> Table:
         high = _beyond("large gradient", cfg.max_grad_norm, 1, "log.max_grad_norm is a fixed limit")
         found["max_grad_norm"] = (lambda metrics: metrics.get("opt/grad_norm"), high)
     return found
+
+
+def to_json(states: dict[str, State]) -> dict[str, Any]:
+    """The states for a checkpoint, so that a continued run is not blind for its first 32 steps."""
+    return {name: asdict(state) for name, state in states.items()}
+
+
+def from_json(record: dict[str, Any]) -> dict[str, State]:
+    """What `to_json` made."""
+    return {name: State(tuple(r["values"]), r["quiet"], r["rejected"]) for name, r in record.items()}
 
 
 def check(

@@ -40,6 +40,10 @@ class Ledger:
             self._book()
             self._open.pop()
 
+    def doing(self) -> str:
+        """The kind that time is booked on at this moment; other threads may ask."""
+        return self._open[-1]
+
     def seconds(self) -> dict[str, float]:
         """Seconds of each kind up to now."""
         self._book()

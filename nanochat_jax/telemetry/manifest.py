@@ -28,7 +28,7 @@ PACKAGES = (
 FREE = (
     "workdir", "train.steps", "opt.schedule.rewarm_steps", "data.workers", "data.prefetch", "data.tokenize_workers", "mesh", "ckpt", "eval", "log",
     "infer", "train.loss_chunk", "model.remat", "model.unroll", "opt.skip_nonfinite", "name",
-    "train.check_replicas_steps",
+    "train.check_replicas_steps", "train.stall_seconds", "train.stall_exit",
 )  # fmt: skip
 # Where a run started from is part of what it is; a continued run would ignore another value.
 FIXED = ("ckpt.init_from",)
@@ -97,7 +97,10 @@ def write(workdir: Path, cfg: Config, facts: dict[str, Any]) -> None:
 
 def write_result(workdir: Path, facts: dict[str, Any]) -> None:
     """Write result.json: where the run ended, its scores, and the SHA-256 of its state."""
-    _replace(workdir / "result.json", {name: value for name, value in facts.items() if name != "config"})
+    _replace(
+        workdir / "result.json",
+        {name: value for name, value in facts.items() if name not in ("config", "anomaly")},
+    )
 
 
 def _replace(target: Path, content: dict[str, Any]) -> None:

@@ -80,6 +80,19 @@ def truncate_after(path: Path, step: int) -> None:
     partial.replace(path)
 
 
+def append_line(path: Path, step: int, fields: dict[str, Any]) -> None:
+    """Append a line to the file of a `JsonLines`, from a thread other than its own, which may hang in it.
+
+    One write to the end of the file: the lines of both stay whole. Raises: OSError.
+    """
+    row = {"step": step, "time": round(time.time(), 3), **finite(fields)}
+    file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(file, (json.dumps(row, allow_nan=False) + "\n").encode())
+    finally:
+        os.close(file)
+
+
 def _step_of(line: str) -> float:
     """The step of a JSON line; infinity for a damaged one, which no limit admits."""
     try:

@@ -211,17 +211,22 @@ def sample(text: Callable[[TrainState], str], writers: Multi, progress: Progress
     return hook
 
 
-def watch(cfg: LogConfig, writers: Multi, progress: Progress) -> Hook:
+def watch(
+    cfg: LogConfig, writers: Multi, progress: Progress, states: dict[str, anomaly.State] | None = None
+) -> Hook:
     """Report what `telemetry.anomaly` notices in the metrics of a step. Training goes on: non-finite
-    steps are skipped anyway, and what a spike means is for a person to say."""
-    states: dict[str, anomaly.State] = {}
+    steps are skipped anyway, and what a spike means is for a person to say.
+
+    Args: states: what the detectors remember, of the run before a restart at first; kept up to date.
+    """
+    states = {} if states is None else states
     table = anomaly.detectors(cfg)
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
-        nonlocal states
         if not metrics:
             return
-        states, events = anomaly.check(states, metrics, table)
+        after, events = anomaly.check(states, metrics, table)
+        states.update(after)
         for event in events:
             step = int(metrics["step"])
             writers.text(step, "anomaly", str(event))
@@ -242,13 +247,14 @@ def save(
     previous checkpoint is intact and space may come back. Booked as in `aside`."""
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        settled(checkpoints.check, progress, done)
+        if not done or not checkpoints.due(done):
+            return
+        jax.block_until_ready(state)
+        start = time.perf_counter()
         try:
-            checkpoints.check()
-            if not done or not checkpoints.due(done):
-                return
-            jax.block_until_ready(state)
-            start = time.perf_counter()
             with ledger.within("checkpoint"), trace.span("checkpoint", step=done):
+                settled(checkpoints.wait, progress, done)
                 checkpoints.save(done, state, misc(done))
             blocked = 1e3 * (time.perf_counter() - start)
             writers.write(done, {"perf/save_ms": blocked})
@@ -257,6 +263,22 @@ def save(
             progress.print(f"warning: {error}", "checkpoint", "warning", step=done)
 
     return hook
+
+
+def tell_stall(progress: Progress) -> Callable[[str, int], None]:
+    """Prints what the watchdog found, like an anomaly."""
+    return lambda text, step: progress.print(
+        f"anomaly {step} | {text}", "anomaly", "warning", step=step, kind="stalled"
+    )
+
+
+def settled(ask: Callable[[], None], progress: Progress, done: int) -> None:
+    """Report the failure of the save before, if `ask` (`check` or `wait`) tells of one: it must not keep the
+    next one from being tried."""
+    try:
+        ask()
+    except CheckpointError as error:
+        progress.print(f"warning: {error}", "checkpoint", "warning", step=done)
 
 
 def stop_when(interrupted: Callable[[], bool], limit: int) -> Hook:

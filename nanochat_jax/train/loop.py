@@ -1,7 +1,9 @@
 """The loop: dispatch a step, then look at the one before. Nothing else blocks."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 
@@ -11,10 +13,25 @@ from nanochat_jax.types import Batch, Metrics, TrainState
 # (steps done, state after them, metrics of the step before as floats, with its number in "step").
 # After the last step comes one more call with 0 steps done, only to deliver its metrics.
 Hook = Callable[[int, TrainState, dict[str, float]], None]
+T = TypeVar("T")
 
 
 class StopTraining(Exception):
-    """Raised by a hook to end the run; the loop returns the last state."""
+    """Raised by a hook, or instead of a batch, to end the run; the loop returns the last state."""
+
+
+class DataFailedError(RuntimeError):
+    """No further batch could be made. The message says why, and at which step the state is saved."""
+
+
+def until_failure(batches: Iterator[T], failures: list[Exception]) -> Iterator[T]:
+    """Pass batches on; a failure to make one is kept in `failures` and stops training like a hook, so that
+    the steps up to it can be saved."""
+    try:
+        yield from batches
+    except Exception as error:
+        failures.append(error)
+        raise StopTraining(f"the data failed: {type(error).__name__}") from error
 
 
 def every(n: int, hook: Hook) -> Hook:
@@ -33,8 +50,8 @@ def run(
     """Train until `total_steps` steps are done or a hook raises StopTraining.
 
     Metrics arrive one step late, so that fetching them never makes the device wait; after the
-    last step the hooks are called once more, with its metrics. `step_fn` donates the state: hooks
-    get the new one and must not keep it.
+    last step, or a stop, the hooks are called once more, with its metrics. `step_fn` donates the state:
+    hooks get the new one and must not keep it.
     Returns: (state, "" or the reason of the stop).
     """
     pending: tuple[int, Metrics, dict[str, float]] | None = None
@@ -53,12 +70,14 @@ def run(
             pending = (done, metrics, {"data/wait_ms": 1e3 * waited, "perf/step_ms": 1e3 * took})
             for hook in hooks:
                 hook(done, state, arrived)
-        arrived = _fetch(pending)
-        for hook in hooks:
-            hook(0, state, arrived)
+        reason = ""
     except StopTraining as stop:
-        return state, str(stop)
-    return state, ""
+        reason = str(stop)
+    arrived = _fetch(pending)
+    for hook in hooks:
+        with contextlib.suppress(StopTraining):  # it is over already
+            hook(0, state, arrived)
+    return state, reason
 
 
 def _fetch(pending: tuple[int, Metrics, dict[str, float]] | None) -> dict[str, float]:

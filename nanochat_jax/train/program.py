@@ -28,11 +28,11 @@ from nanochat_jax.model import collider, flops, transformer
 from nanochat_jax.model import loop as model_loop
 from nanochat_jax.quant import project as projections
 from nanochat_jax.quant import ternary
-from nanochat_jax.telemetry import goodput, logs, manifest
+from nanochat_jax.telemetry import anomaly, goodput, logs, manifest
 from nanochat_jax.telemetry.console import Progress, duration, si
 from nanochat_jax.telemetry.trace import Exporter, SpanFile, Trace
 from nanochat_jax.telemetry.writers import Multi, open_writers
-from nanochat_jax.train import hooks, loop, replicas, workdir
+from nanochat_jax.train import hooks, loop, replicas, watchdog, workdir
 from nanochat_jax.train import step as steps
 from nanochat_jax.types import TrainState
 
@@ -210,13 +210,12 @@ def train(
 
     With several processes all call this; process 0 alone writes, except to checkpoints, and prints.
     Raises: ConfigError if another run holds the workdir; processes.PeerError if another process is lost, or
-    has another config, other data or another workdir.
+    has another config, other data or another workdir; loop.DataFailedError if no further batch can be made,
+    after saving the steps so far; checkpoint.CheckpointError if the last step cannot be saved.
     """
 
     def advice() -> str:
-        step = checkpoint.latest_step(home / "ckpt")
-        have = "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} is intact"
-        return f"{have}; the same command in all processes continues this run"
+        return f"{_kept(home)}; the same command in all processes continues this run"
 
     with processes.losses_reported(advice), contextlib.ExitStack() as stack:
         problem = None
@@ -227,6 +226,12 @@ def train(
                 problem = error
         processes.together(problem, processes.PeerError("process 0 cannot use the workdir"))
         return _train(cfg, home, cache, facts, resume, interrupted)
+
+
+def _kept(home: Path) -> str:
+    """What a restart will find."""
+    step = checkpoint.latest_step(home / "ckpt")
+    return "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} is intact"
 
 
 def _train(
@@ -244,11 +249,14 @@ def _train(
             handler.setFormatter(logs.JsonFormatter(trace.ids))
     corpus = mixture.prepare(cfg.data, cfg.model.vocab_size, cache / "tokens", progress.print)
     processes.alike("prepared data", corpus.sha256)
-    with checkpoint.Checkpointer(cfg.ckpt, home / "ckpt") as checkpoints:
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(checkpoint.Checkpointer(cfg.ckpt, home / "ckpt"))
         if checkpoints.latest() is None:
             _same_tokenizer(cfg, corpus.tokenizer.sha256)
         parts, state, extension, origin = start_state(cfg, home, checkpoints, resume)
         first = int(state.step)
+        before = checkpoint.read_misc(home / "ckpt", first) if first else {}
+        noticed = anomaly.from_json(before.get("anomaly", {}))
         device = jax.devices()[0]
         facts = facts | {
             "devices": {"platform": device.platform, "kind": device.device_kind, "count": len(jax.devices())},
@@ -261,6 +269,7 @@ def _train(
         _banner(cfg, home, corpus, progress, origin, device)
         span = trace.begin("run", run=cfg.name, first_step=first)
         writers = open_writers(cfg.log, home, first, cfg.name, trace.ids) if main else Multi([])
+        stack.callback(writers.close)
         if first == 0:
             writers.text(0, "config", json.dumps(manifest.to_dict(cfg), indent=1))
 
@@ -270,6 +279,7 @@ def _train(
                 "step": step, "data_position": step, "tokens": tokens, "config": manifest.to_dict(cfg),
                 "extension": extension, "data_sha256": corpus.sha256,
                 "tokenizer_sha256": corpus.tokenizer.sha256, "eval": dict(scores),
+                "anomaly": anomaly.to_json(noticed),
             }  # fmt: skip
 
         scores: dict[str, float] = {}
@@ -287,9 +297,15 @@ def _train(
         if cfg.train.check_replicas_steps:
             same = hooks.aside(replicas.check(parts.layout, parts.mesh), "telemetry", ledger, trace)
             scored.insert(0, loop.every(cfg.train.check_replicas_steps, same))
+        stalled = watchdog.reporter(
+            home, jax.process_index(), hooks.tell_stall(progress), cfg.train.stall_exit,
+            lambda: f"{_kept(home)}; the same command continues this run",
+        )  # fmt: skip
+        alive = watchdog.watching(cfg.train.stall_seconds, first, ledger.doing, stalled)
         wanted = [
+            stack.enter_context(alive),
             hooks.booked(log_metrics, "telemetry", ledger),
-            hooks.booked(hooks.watch(cfg.log, writers, progress), "telemetry", ledger),
+            hooks.booked(hooks.watch(cfg.log, writers, progress, noticed), "telemetry", ledger),
             *scored,
             hooks.save(checkpoints, misc, writers, progress, ledger, trace),
             profile,
@@ -299,7 +315,10 @@ def _train(
             progress.print("compiling the step")
         rows = own_rows(cfg, parts)
         batches = pipeline.batches(cfg.data, corpus, cfg.seed, first, rows, journal=home / "data_order.bin")
-        on_device = goodput.waiting(parallel.prefetch(batches, parts.mesh), ledger)
+        failures: list[Exception] = []
+        # Of several processes the others wait for this one: there is no step at which all could save.
+        fed = loop.until_failure(batches, failures) if processes.count() == 1 else batches
+        on_device = goodput.waiting(parallel.prefetch(fed, parts.mesh), ledger)
         began = time.perf_counter()
         try:
             with ledger.within("step"):
@@ -323,6 +342,7 @@ def _train(
         ):
             sample(done, state, {})
         with ledger.within("checkpoint"), trace.span("checkpoint", step=done):
+            hooks.settled(checkpoints.wait, progress, done)
             checkpoints.save(done, state, misc(done), wait=True)
         seconds = ledger.seconds()
         result = {"state_sha256": checkpoint.state_sha256(state), "stop": reason, "seconds": seconds}
@@ -334,6 +354,11 @@ def _train(
         if exporter:
             exporter.close()
     progress.print(goodput.line(seconds), "goodput", **goodput.shares(seconds))
+    if failures:
+        what = f"{type(failures[0]).__name__}: {processes.first_line(failures[0])}"
+        raise loop.DataFailedError(
+            f"stopped at step {done}, which is saved: the data failed ({what}); the same command continues this run"
+        ) from failures[0]
     if reason:
         progress.print(f"stopped at step {done}: {reason}\nthe same command continues this run")
         return 130 if reason == "interrupted" else 1

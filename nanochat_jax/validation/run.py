@@ -132,6 +132,9 @@ def validate_run(c: Config) -> None:
     at_least("train.steps", t.steps, 1)
     at_least("train.microbatches", t.microbatches, 1)
     at_least("train.loss_chunk", t.loss_chunk, 1)
+    at_least("train.stall_seconds", t.stall_seconds, 0)
+    if t.stall_exit and not t.stall_seconds:
+        raise ConfigError("'train.stall_exit' has no effect because train.stall_seconds is 0")
     divides("data.batch", c.data.batch, "train.microbatches", t.microbatches)
     _validate_loss(c)
     _validate_reference(c)

@@ -168,3 +168,12 @@ def test_fixed_limits_are_options():
         assert events == []
     assert len(anomaly.check(states, metrics, table)[1]) == 2
     assert anomaly.check({}, {"loss/entropy": 5.0, "opt/grad_norm": 10.0}, table)[1] == []
+
+
+def test_what_detectors_remember_survives_json():
+    states = {}
+    for step in range(100):
+        states, _ = anomaly.check(states, {"loss/next_token": 2 + 0.01 * (step % 5) + 9 * (step == 90)})
+    record = json.loads(json.dumps(anomaly.to_json(states)))
+    assert anomaly.from_json(record) == states and states["loss"].quiet > 0
+    assert anomaly.from_json({}) == {}

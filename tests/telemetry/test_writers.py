@@ -144,3 +144,17 @@ def test_tensorboard_is_a_setting(tmp_path):
         home = tmp_path / str(wanted)
         writers.open_writers(LogConfig(tensorboard=wanted), home).close()
         assert (home / "tb").exists() == wanted and (home / "metrics.jsonl").exists()
+
+
+def test_another_thread_may_append_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(FileNotFoundError):
+        writers.append_line(path, 1, {"a": 1.0})
+    lines = writers.JsonLines(path)
+    lines.write(1, {"a": 1.0})
+    writers.append_line(path, 1, {"anomaly": "stalled", "seconds": float("nan")})
+    lines.write(2, {"a": 2.0})
+    lines.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 1, 2]
+    assert rows[1]["anomaly"] == "stalled" and rows[1]["seconds"] is None

@@ -125,43 +125,32 @@ def test_same_seed_same_bits_other_seed_other_values():
     assert not np.array_equal(first, run(dataclasses.replace(BASE, seed=1), 3)[0])
 
 
-def test_nan_in_a_step_is_skipped_and_the_run_stops_within_its_bound():
-    cfg = dataclasses.replace(BASE, opt=dataclasses.replace(BASE.opt, skip_nonfinite=2))
-    parts = program.Parts(cfg)
-    state = parts.fresh(0)
-
-    def batches():
-        for i in range(20):
-            made = arrays(i)
-            if i == 3 or i >= 6:
-                made["weights"][0, 0] = np.nan
-            yield parallel.shard_batch(made, parts.mesh)
-
-    seen = []
-    from nanochat_jax.train import hooks
-
-    def watch(done, state, metrics):
-        seen.append(
-            (
-                done,
-                metrics.get("opt/skipped_in_a_row"),
-                float(jnp.sum(state.params["norm" if "norm" in state.params else "head"])),
-            )
-        )
-
-    state, reason = loop.run(parts.step, state, batches(), [watch, hooks.stop_when(lambda: False, 2)], 20)
-    assert "2 steps in a row had a non-finite gradient" in reason
-    assert int(state.step) == 9  # metrics come one step late
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
-    assert seen[3][2] == seen[2][2]  # step 4 was skipped: parameters as after step 3
-
-
 def test_hooks_get_metrics_one_step_late_and_the_last_ones_too():
     parts = program.Parts(BASE)
     calls = []
     batches = (parallel.shard_batch(arrays(i), parts.mesh) for i in range(3))
     loop.run(parts.step, parts.fresh(0), batches, [lambda d, s, m: calls.append((d, m.get("step")))], 3)
     assert calls == [(1, None), (2, 1.0), (3, 2.0), (0, 3.0)]
+
+
+def test_a_stop_delivers_the_last_metrics_too():
+    state, calls = type("State", (), {"step": 0})(), []
+
+    def stop(done, state, metrics):
+        calls.append((done, metrics.get("step")))
+        if done in (0, 2):  # also when asked once more
+            raise loop.StopTraining("enough")
+
+    state, reason = loop.run(lambda s, b: (s, {}), state, iter(range(9)), [stop, stop], 9)
+    assert reason == "enough" and calls == [*[(1, None)] * 2, (2, 1.0), *[(0, 2.0)] * 2]
+
+
+def test_data_that_fails_at_once_stops_before_the_first_step():
+    failures: list[Exception] = []
+    batches = loop.until_failure(iter(lambda: 1 // 0, 1), failures)
+    state = type("State", (), {"step": 0})()
+    assert loop.run(None, state, batches, [], 9) == (state, "the data failed: ZeroDivisionError")
+    assert [type(error) for error in failures] == [ZeroDivisionError]
 
 
 def test_mesh_larger_than_the_machine():
