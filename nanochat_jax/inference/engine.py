@@ -35,7 +35,7 @@ def prefill(
     Returns: (float32 logits [B, V] after each row's last real token, cache).
     """
     output = transformer.forward(
-        cfg, projections.from_config(cfg), params, batch_of(tokens_BP, cache.length), cache
+        cfg, projections.from_config(cfg), params, batch_of(tokens_BP, cache.length), cache, empty=True
     )
     last = jnp.take_along_axis(output.hidden, (length_B - 1)[:, None, None], axis=1)[:, 0]
     assert output.cache is not None
@@ -116,6 +116,17 @@ def bucket(length: int, capacity: int) -> int:
     return min(capacity, max(32, 1 << (length - 1).bit_length()))
 
 
+def check(cfg: ModelConfig, prompt: list[int], settings: InferConfig) -> None:
+    """Raises: ValueError if the prompt is empty, holds an unknown id, or does not fit with the answer."""
+    if not prompt or not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
+        raise ValueError(f"a prompt needs token ids in 0..{cfg.vocab_size - 1}, got {prompt[:8]}")
+    if len(prompt) + settings.max_tokens > settings.capacity:
+        raise ValueError(
+            f"{len(prompt)} prompt tokens and max_tokens = {settings.max_tokens} exceed "
+            f"infer.capacity = {settings.capacity}"
+        )
+
+
 def generate(
     cfg: ModelConfig,
     params: Params,
@@ -129,15 +140,9 @@ def generate(
     The draw of token i depends on (key, i) only. One token is in flight while the one before it is
     handed out. With settings.exit_quantile below 1 tokens of the answer may leave the loops early; the
     prompt is always read with all of them. ran: receives the loops of each of those tokens, int32 [1].
-    Raises: ValueError if the prompt is empty, holds an unknown id, or does not fit with the answer.
+    Raises: ValueError, see `check`.
     """
-    if not prompt or not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
-        raise ValueError(f"a prompt needs token ids in 0..{cfg.vocab_size - 1}, got {prompt[:8]}")
-    if len(prompt) + settings.max_tokens > settings.capacity:
-        raise ValueError(
-            f"{len(prompt)} prompt tokens and max_tokens = {settings.max_tokens} exceed "
-            f"infer.capacity = {settings.capacity}"
-        )
+    check(cfg, prompt, settings)
     tokens = np.zeros((1, bucket(len(prompt), settings.capacity)), np.int32)
     tokens[0, : len(prompt)] = prompt
     controls = (

@@ -3,38 +3,31 @@
 Functions of (cfg, project, ...) over the weights of a single layer; model/transformer.py stacks them.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.kernels import attention as kernels
+from nanochat_jax.kernels import cached
 from nanochat_jax.model import mhc
 from nanochat_jax.model.layers import MLPS, rms_norm, rotary_table, rotate
 from nanochat_jax.quant.project import Project
 from nanochat_jax.types import Batch, KVCache, Params
 
+MANY_ROWS = 32  # from here on one scatter writes a cache's rows, and not an update for each
 GATE_INPUTS = 12  # channels of the stream that steer the value-embedding gate, as in nanochat
 
 
 def make_context(cfg: ModelConfig, batch: Batch, cache: KVCache | None) -> dict:
-    """What all layers share: rotary tables, which key index and segment each query and slot has, and how
-    new keys or values (second argument) are written into a layer's slots (first)."""
+    """What all layers share: rotary tables, which index and segment each query and key of the rows has,
+    and with a cache the number of tokens that each row holds already."""
     B, L = batch.tokens.shape
     index = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
     # The barrier keeps XLA from fusing the sines into every layer's rotation and computing them again
     # for each head (on CPU that costs more than the attention products).
     table = jax.lax.optimization_barrier(rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta))
-    shared: dict = {"rotary": table}
-    if cache is None:
-        return shared | {"q": (index, batch.segments), "k": (index, batch.segments), "write": None}
-    slots = jnp.broadcast_to(jnp.arange(cache.k.shape[3], dtype=jnp.int32), (B, cache.k.shape[3]))
-    q_index = cache.length[:, None] + index
-    return shared | {
-        "q": (q_index, jnp.zeros_like(q_index)), "k": (slots, jnp.zeros_like(slots)),
-        "write": functools.partial(_write, cache.length),
-    }  # fmt: skip
+    places = (index, batch.segments if cache is None else jnp.zeros_like(index))
+    return {"rotary": table, "q": places, "k": places, "length": None if cache is None else cache.length}
 
 
 def layer(
@@ -44,19 +37,20 @@ def layer(
     """One layer: attention, then MLP, each added to the residual.
 
     Args: tokens: int32 [B, L]. i: the layer's index in the period. carry: (residual [B, L, D] or
-    [B, L, S, D], what model.mhc watches). x0: [B, L, D], the embedding. p: the layer's weights. kv: its
-    slices of the cache, [B, T, G, K] each, or None.
-    Returns: the carry after the layer, and kv with the new entries.
+    [B, L, S, D], what model.mhc watches). x0: [B, L, D], the embedding. p: the layer's weights. kv: keys
+    and values of earlier tokens [.., B, T, G, K] and the layer's indices into the axes before; None = there
+    are none.
+    Returns: the carry after the layer, and with a cache the tokens' own keys and values [B, L, G, K].
     """
-    carry, written = layer_and_keys(cfg, project, context, tokens, i, carry, x0, p, kv)
-    return carry, None if kv is None else written
+    carry, entries = layer_and_keys(cfg, project, context, tokens, i, carry, x0, p, kv)
+    return carry, None if context["length"] is None else entries
 
 
 def layer_and_keys(
     cfg: ModelConfig, project: Project, context: dict, tokens: jax.Array, i: int, carry: tuple, x0: jax.Array,
     p: Params, kv: tuple | None,
 ) -> tuple[tuple, tuple]:  # fmt: skip
-    """`layer`, which without kv returns the row's own keys and values in its place."""
+    """`layer`, which returns the tokens' own keys and values without a cache, too."""
     (x, watch), scale = carry, p.get("scale", {})
     project = project.at(p["number"]) if "number" in p else project
     if "residual" in scale:
@@ -65,19 +59,19 @@ def layer_and_keys(
         x = x + scale["x0"].astype(x.dtype) * mhc.expand(cfg.mhc, x0)
     mix = mhc.coefficients(cfg.mhc, p["attn"].get("mhc", {}), x, cfg.norm_eps)
     h, watch = mhc.read(mix, x), mhc.observe(watch, mix)
-    y, kv = attention(cfg, project, context, tokens, i, h, p["attn"], p["value"], kv)
+    y, entries = attention(cfg, project, context, tokens, i, h, p["attn"], p["value"], kv)
     x = mhc.write(mix, x, y)
     mix = mhc.coefficients(cfg.mhc, p["mlp"].get("mhc", {}), x, cfg.norm_eps)
     h, watch = mhc.read(mix, x), mhc.observe(watch, mix)
-    return (mhc.write(mix, x, mlp(cfg, project, h, p["mlp"])), watch), kv
+    return (mhc.write(mix, x, mlp(cfg, project, h, p["mlp"])), watch), entries
 
 
 def attention(
     cfg: ModelConfig, project: Project, context: dict, tokens: jax.Array, i: int, x_BLD: jax.Array,
     p: Params, value: Params | None, kv: tuple | None,
 ) -> tuple[jax.Array, tuple]:  # fmt: skip
-    """The attention sublayer: norm, projections, value embeddings, attention. Returns ([B, L, D], kv with
-    the new entries, or without kv the new keys and values)."""
+    """The attention sublayer: norm, projections, value embeddings, attention. Returns ([B, L, D], the
+    tokens' keys and values)."""
     B, L, _ = x_BLD.shape
     h = rms_norm(x_BLD, p.get("norm"), cfg.norm_eps)
     flat = project.several(("attn/q", "attn/k", "attn/v"), h, (p["q"], p["k"], p["v"]))
@@ -86,18 +80,20 @@ def attention(
         gate = 3 * jax.nn.sigmoid(project("value/gate", h[..., :GATE_INPUTS], value["gate"]))
         v = v + gate[..., None] * value["embed"].astype(v.dtype)[tokens].reshape(v.shape)
     q, k = _queries_keys(cfg, q, k, p, context["rotary"])
-    keys, values = written = (k, v)
-    if kv is not None:
-        written = context["write"](kv[0], k), context["write"](kv[1], v)
-        keys, values = (a.astype(q.dtype) for a in written)
     window = cfg.window[i % len(cfg.window)] if cfg.window else 0
-    (q_index, q_segment), (k_index, k_segment) = context["q"], context["k"]
-    y = kernels.attend(
-        q, keys, values, q_index, k_index, q_segment, k_segment, window=window, aligned=kv is None
-    ).reshape(B, L, -1)
+    if context["length"] is None or kv is None:
+        # Of some rows only (model/collider.py) the keys join those of the others.
+        keys, values = (k, v) if kv is None else map(context["write"], kv, (k, v))
+        (q_index, q_segment), (k_index, k_segment) = context["q"], context["k"]
+        y = kernels.attend(
+            q, keys, values, q_index, k_index, q_segment, k_segment, window=window, aligned=kv is None
+        )
+    else:
+        y = cached.attend(q, k, v, *kv, context["length"], window=window)
+    y = y.reshape(B, L, -1)
     if cfg.sub_norm:
         y = rms_norm(y, p.get("sub_norm"), cfg.norm_eps)
-    return project("attn/o", y, p["o"]), written
+    return project("attn/o", y, p["o"]), (k, v)
 
 
 def _queries_keys(cfg, q, k, p, table):
@@ -112,10 +108,38 @@ def _queries_keys(cfg, q, k, p, table):
     return q, k
 
 
-def _write(start_B, cache_BTGK, new_BLGK):
-    """Put each row's new entries behind its own length."""
-    write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0, 0)))
-    return write(cache_BTGK, new_BLGK.astype(cache_BTGK.dtype), start_B)
+def append(cache: KVCache, new: tuple | None, outside: dict[str, tuple], x: jax.Array) -> KVCache:
+    """The cache with each row's new entries behind its own length, which stays as it is.
+
+    All layers at once and in place where the caller gives the cache away: what a layer would write into
+    slots of its own, a scan or the next reader would copy whole.
+    Args: new: keys and values [R, N, B, L, G, K] of at most as many loops as the cache has; None = these
+    stay. outside: [n, B, L, G, K] of stacks outside the loops; others stay. x: what all readers of the old
+    entries ended in. Every row needs L free slots: a write that does not fit is moved to the left without
+    an error.
+    """
+    # Never more than the length, but known only after x: or else XLA might order the write before the last
+    # read, for which it then copies the cache.
+    start_B = jnp.minimum(cache.length, cache.k.shape[-3] + (x.ravel()[0] > 0).astype(jnp.int32))
+
+    def put(a: jax.Array, new: jax.Array) -> jax.Array:
+        new, rows, zero = new.astype(a.dtype), a.ndim - 4, jnp.int32(0)
+        if a.shape[rows] > MANY_ROWS:
+
+            def write(one, new, start):
+                return jax.lax.dynamic_update_slice_in_dim(one, new, start, rows)
+
+            return jax.vmap(write, (rows, rows, 0), rows)(a, new, start_B)
+        # No reshaping of the leading axes: XLA may give an axis of size 1 another layout, and then copies.
+        for row in range(a.shape[rows]):
+            one = jax.lax.slice_in_dim(new, row, row + 1, axis=rows)
+            at = (*(zero,) * rows, jnp.int32(row), start_B[row], zero, zero)
+            a = jax.lax.dynamic_update_slice(a, one, at)
+        return a
+
+    written = {name: tuple(map(put, cache.outside[name], entries)) for name, entries in outside.items()}
+    k, v = (cache.k, cache.v) if new is None else map(put, (cache.k, cache.v), new)
+    return cache.replace(k=k, v=v, outside=cache.outside | written)  # type: ignore[attr-defined]
 
 
 def mlp(cfg: ModelConfig, project: Project, x_BLD: jax.Array, p: Params) -> jax.Array:

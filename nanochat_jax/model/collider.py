@@ -279,7 +279,7 @@ def _layer_backward(cfg, i, residuals: tuple, cotangents: tuple) -> tuple[Any, .
 
     kept = {
         "rotary": rows(context["rotary"]), "q": rows(context["q"]), "k": context["k"],
-        "write": lambda kept, new: scatter_rows(kept, index, new),
+        "length": None, "write": lambda kept, new: scatter_rows(kept, index, new),
     }  # fmt: skip
 
     def on_rows(x, x0, p):

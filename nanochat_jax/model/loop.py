@@ -183,47 +183,37 @@ class Leaving(NamedTuple):
     log_there: jax.Array  # float32, log S_r
     running: jax.Array  # bool
     depth: jax.Array  # int32, loops that the row runs through
-    start: jax.Array  # int32, the token's slot in the cache
 
 
-def leave(
-    before: Leaving | None, logit_B: jax.Array, quantile: jax.typing.ArrayLike, start: jax.Array
-) -> Leaving:
+def leave(before: Leaving | None, logit_B: jax.Array, quantile: jax.typing.ArrayLike) -> Leaving:
     """The state after one more loop, from its gate; `before` is None after the first."""
     if before is None:
         nothing = jnp.zeros_like(logit_B)
-        before = Leaving(nothing, nothing == 0, jnp.ones(logit_B.shape, jnp.int32), start)
+        before = Leaving(nothing, nothing == 0, jnp.ones(logit_B.shape, jnp.int32))
     there_B = before.log_there + jax.nn.log_sigmoid(-logit_B)
     running = before.running & ~leaves(there_B, quantile)
-    return Leaving(there_B, running, before.depth + running, start)
+    return Leaving(there_B, running, before.depth + running)
 
 
 def unless_left(
-    leaving: Leaving, run: Callable[[tuple, tuple], tuple], carry: tuple, kv: tuple, before: tuple
-) -> tuple:
+    leaving: Leaving, run: Callable[[tuple], tuple], carry: tuple, before: tuple
+) -> tuple[tuple, tuple]:
     """One more loop for the rows that still run; nothing is computed when none does.
 
     A row that has left keeps its stream. Its entries in this loop's cache are those of the loop before,
     hence in the end those of the loop that it left after: that is what later tokens find which run
     further. So a row does not depend on how far the others run.
 
-    Args: run: (carry, kv) -> (carry, kv) of the loop. carry: (stream [B, L, ..], ..). kv, before: keys and
-    values of this loop and the one before, [N, B, T, G, K] each.
+    Args: run: carry -> (carry, new keys and values) of the loop. carry: (stream [B, 1, ..], ..). before:
+    keys and values of the loop before, [N, B, 1, G, K] each.
     """
     x, running = carry[0], leaving.running
 
     def further():
-        (new, *rest), written = run(carry, kv)
+        (new, *rest), entries = run(carry)
         kept = running.reshape(-1, *(1,) * (x.ndim - 1))
-        return (jnp.where(kept, new, x), *rest), _fill(leaving, written, before)
+        rows = running.reshape(1, -1, 1, 1, 1)
+        entries = jax.tree.map(lambda now, old: jnp.where(rows, now, old), entries, before)
+        return (jnp.where(kept, new, x), *rest), entries
 
-    return jax.lax.cond(jnp.any(running), further, lambda: (carry, _fill(leaving, kv, before)))
-
-
-def _fill(leaving: Leaving, kv: tuple, before: tuple) -> tuple:
-    """The cache kv, in which rows that have left take the token's entries from `before`."""
-    rows, kept = jnp.arange(len(leaving.start)), leaving.running[None, :, None, None]
-    at = (slice(None), rows, leaving.start)
-    return tuple(
-        now.at[at].set(jnp.where(kept, now[at], old[at])) for now, old in zip(kv, before, strict=True)
-    )
+    return jax.lax.cond(jnp.any(running), further, lambda: (carry, before))

@@ -149,6 +149,7 @@ def forward(
     quantile: jax.typing.ArrayLike | None = None,
     passenger: jax.Array | None = None,
     whole: Whole = None,
+    empty: bool = False,
 ) -> Output:
     """Hidden states of packed rows, or of the next tokens of cached sequences.
 
@@ -160,6 +161,7 @@ def forward(
     distribution reaches this share (`model.loop.leaves`); None = all loops.
     passenger: if given, the backward pass sees the kept rows only (model/collider.py). whole: makes the
     weights of one layer of a stack whole where devices hold parts of them (`parallel.whole_layer`).
+    empty: no row of the cache holds a token, so that none is read.
     Returns: Output with hidden [B, L, D] in the compute dtype, the cache with the new tokens'
     keys and values written and `length` advanced by L, and without a cache aux, sums over tokens
     weighted by `batch.weights` (like the loss, so that pieces of a batch add up).
@@ -178,8 +180,8 @@ def forward(
     x, watch = mhc.expand(cfg.mhc, x), mhc.watch(cfg.mhc, batch.tokens.shape) if cache is None else None
     watch = watch if passenger is None else (watch, passenger)
 
-    def stack(name: str, carry: tuple, first: int | jax.Array, kv: tuple | None) -> tuple:
-        """(carry, keys and values) behind a stack of layers, whose first has the number `first`."""
+    def stack(name: str, carry: tuple, first: int | jax.Array, kv: Callable | None) -> tuple:
+        """(carry, new keys and values) behind a stack of layers, whose first has the number `first`."""
         own, inner = stacks.get(name, cfg), name == "blocks"
         chosen = project if inner or cfg.fp4.outside == "same" else project.spared()
         if passenger is None:
@@ -188,18 +190,28 @@ def forward(
             run = collider.layer(cfg, chosen, context, batch.tokens)
         if whole is not None:
             run = _gathering(run, functools.partial(whole, name))
-        run = _remat(cfg, run, whole) if passenger is None else _remat(cfg, run, whole, "none")
+        if cache is None:
+            run = _remat(cfg, run, whole, "" if passenger is None else "none")
         layers = {"blocks": _numbered(own, project, params[name], first)}
         layers["value"] = params.get("value", {}) if inner else {}
         return _stack(own, run, carry, x0, layers, kv)
 
+    def earlier(name: str, r: int = 0) -> Callable | None:
+        """What layer i of a stack in loop r finds of earlier tokens, see `block.layer`."""
+        if cache is None or empty:
+            return None
+        k, v = (cache.k, cache.v) if name == "blocks" else cache.outside[name]
+        # With one loop's slots every loop finds there what the last one left.
+        loops = (r if cache.k.shape[0] > 1 else 0,) if name == "blocks" else ()
+        return lambda i: (k, v, (*loops, i))
+
     def outside(name: str, carry: tuple, first: int | jax.Array) -> tuple:
         if name not in stacks:
             return carry, {}
-        carry, written = stack(name, carry, first, None if cache is None else cache.outside[name])
-        return carry, {name: written}
+        carry, new = stack(name, carry, first, earlier(name))
+        return carry, {name: new}
 
-    def once(r: int | jax.Array, carry: tuple, kv: tuple | None) -> tuple:
+    def once(r: int | jax.Array, carry: tuple, kv: Callable | None) -> tuple:
         """Loop r, from 0 on."""
         x, *rest = first = carry
         if cfg.loop.norm:
@@ -220,7 +232,6 @@ def forward(
 
     carry, before = outside("before", (x, watch), 0)
     entered = picked = carry[0]
-    last_only = cache is not None and cache.k.shape[0] < R  # one loop's slots: each loop writes them anew
     entries, hidden, exits, leaving, after = [], [], [], None, {}
 
     def scanned(carries: tuple, r: jax.Array) -> tuple:
@@ -244,12 +255,12 @@ def forward(
         if each_loop:
             hidden, exits = list(found[0][:-1]), list(found[1])
     for r in range(0 if scans else R):
-        kv = None if cache is None else entries[-1] if r and last_only else (cache.k[r], cache.v[r])
-        if leaving is None or kv is None:
-            carry, written = once(r, carry, kv)
+        further = functools.partial(once, r, kv=earlier("blocks", r))
+        if leaving is None:
+            carry, new = further(carry)
         else:
-            carry, written = loop.unless_left(leaving, functools.partial(once, r), carry, kv, entries[-1])
-        entries.append(written)
+            carry, new = loop.unless_left(leaving, further, carry, entries[-1])
+        entries.append(new)
         if each_loop:
             if only is not None:
                 picked = jnp.where(only == r, carry[0], picked)
@@ -259,14 +270,15 @@ def forward(
                 exits.append(loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1))
         if quantile is not None and cache is not None and r + 1 < R:
             logit_B = loop.gate(cfg, params["loop"]["gate"], carry[0], r + 1)[:, 0]
-            leaving = loop.leave(leaving, logit_B, quantile, cache.length)
+            leaving = loop.leave(leaving, logit_B, quantile)
     if only is not None:
         hidden.append(readout(ending(only, (picked, *carry[1:]))[0][0]))
     if not scans:
         carry, after = ending(R - 1, carry)
     if cache is not None:
-        k, v = (jnp.stack([entry[i] for entry in entries[-len(cache.k) :]]) for i in (0, 1))
-        cache = KVCache(k, v, cache.length + batch.tokens.shape[1], before | after)
+        new = jax.tree.map(lambda *a: jnp.stack(a), *entries[-len(cache.k) :])
+        cache = block.append(cache, new, before | after, carry[0])
+        cache = cache.replace(length=cache.length + batch.tokens.shape[1])
     x, watch = carry
     watch, ridden = (watch, None) if passenger is None else watch  # type: ignore[misc]
     aux, last = mhc.metrics(watch, x, batch.weights), readout(x)
@@ -330,31 +342,30 @@ def layer_unroll(cfg: ModelConfig) -> int:
 
 
 def _stack(cfg: ModelConfig, run, x, x0, layers, kv):
-    """Apply all layers once to x = (residual, watch). Returns (x, (k, v) stacks with the new entries, or None)."""
+    """Apply all layers once to x = (residual, watch), of which number i is given kv(i). Returns (x, the
+    layers' new keys and values [N, ..], or None)."""
     unroll = layer_unroll(cfg)
     steps = cfg.layers // unroll
     if unroll == 1 and steps > 1:
         return _stack_singly(run, x, x0, layers, kv)
-    grouped = jax.tree.map(lambda a: a.reshape(steps, a.shape[0] // steps, *a.shape[1:]), (layers, kv))
+    grouped = jax.tree.map(lambda a: a.reshape(steps, a.shape[0] // steps, *a.shape[1:]), layers)
 
-    def body(x, group):
-        group_layers, group_kv = group
-        each_layers = _each(group_layers["blocks"], unroll)
+    def body(x, each):
+        step, group = each
+        each_layers = _each(group["blocks"], unroll)
         valued = [i for i in range(unroll) if i + cfg.layers - unroll in value_layers(cfg)]
-        each_value = dict(zip(valued, _each(group_layers["value"], len(valued)), strict=True))
-        each_kv = [None] * unroll if group_kv is None else _each(group_kv, unroll)
-        written = []
+        each_value = dict(zip(valued, _each(group["value"], len(valued)), strict=True))
+        entries = []
         for i in range(unroll):
             p = {**each_layers[i], "value": each_value.get(i)}
-            x, entry = run(i, x, x0, p, each_kv[i])
-            written.append(entry)
-        return x, None if group_kv is None else jax.tree.map(lambda *a: jnp.stack(a), *written)
+            x, entry = run(i, x, x0, p, None if kv is None else kv(step * unroll + i))
+            entries.append(entry)
+        return x, jax.tree.map(lambda *a: jnp.stack(a), *entries)
 
     if steps == 1:
-        x, written = body(x, jax.tree.map(lambda a: a[0], grouped))
-        return x, written
-    x, written = jax.lax.scan(body, x, grouped)
-    return x, None if kv is None else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), written)
+        return body(x, (0, jax.tree.map(lambda a: a[0], grouped)))
+    x, entries = jax.lax.scan(body, x, (None if kv is None else jnp.arange(steps), grouped))
+    return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), entries)
 
 
 def _stack_singly(run, x, x0, layers, kv):
@@ -362,10 +373,12 @@ def _stack_singly(run, x, x0, layers, kv):
     out: reshaped or split ones would be saved for the backward pass, a copy of all layers in every loop."""
 
     def body(x, each):
-        layer, each_kv = each
-        return run(0, x, x0, {**layer["blocks"], "value": layer["value"] or None}, each_kv)
+        i, layer = each
+        p = {**layer["blocks"], "value": layer["value"] or None}
+        return run(0, x, x0, p, None if kv is None else kv(i))
 
-    return jax.lax.scan(body, x, (layers, kv))
+    numbers = None if kv is None else jnp.arange(len(layers["blocks"]["attn"]["q"]))
+    return jax.lax.scan(body, x, (numbers, layers))
 
 
 def _each(tree, n: int) -> list:

@@ -1,0 +1,64 @@
+"""What a decode step moves, by XLA's own account: the cache is read in place and written once."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import params as params_lib
+from nanochat_jax.config import BLOCKS, LoopConfig, MhcConfig, ModelConfig
+from nanochat_jax.inference import cache as caches
+from nanochat_jax.inference import engine
+from nanochat_jax.model import transformer
+
+CFG = ModelConfig(vocab_size=64, dim=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp_dim=32)
+LOOPS = LoopConfig(count=2, before=1, after=1)
+KINDS = {
+    "plain": (CFG, "all", None),
+    "modern": (dataclasses.replace(CFG, **BLOCKS["modern"]), "all", None),
+    "window": (dataclasses.replace(CFG, window=(64, 0)), "all", None),
+    "scanned": (dataclasses.replace(CFG, unroll=1), "all", None),
+    "scanned_pairs": (dataclasses.replace(CFG, unroll=2, layers=4), "all", None),
+    "loops": (dataclasses.replace(CFG, layers=1, loop=LOOPS), "all", None),
+    "last_loop": (dataclasses.replace(CFG, layers=1, loop=LOOPS), "last", None),
+    "exit": (
+        dataclasses.replace(CFG, layers=1, loop=dataclasses.replace(LOOPS, gate="shared")), "all", 0.5
+    ),
+    "streams": (dataclasses.replace(CFG, mhc=MhcConfig(streams=2, form="permutation")), "all", None),
+}  # fmt: skip
+
+
+FAST = [("plain", 1, 1), ("plain", 8, 1), ("loops", 1, 1), ("scanned", 1, 1)]
+ALL = [
+    (kind, rows, tokens) for kind, (_, loops, quantile) in KINDS.items() for rows in (1, 3, 40)
+    for tokens in (1, 4) if tokens == 1 or not (quantile or loops == "last")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "tokens"),
+    FAST + [pytest.param(*c, marks=pytest.mark.slow) for c in ALL if c not in FAST],
+)
+def test_a_step_reads_the_cache_in_place(kind, rows, tokens):
+    cfg, loops, quantile = KINDS[kind]
+    params = jax.eval_shape(
+        lambda key: params_lib.init_params(transformer.param_specs(cfg), key), jax.random.key(0)
+    )
+    cache = jax.eval_shape(lambda: caches.allocate(cfg, rows, 2048, loops))
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def step(params, given, cache):
+        if tokens == 1:
+            return engine.decode(cfg, params, given, cache, quantile)
+        return engine.extend(cfg, params, given, jnp.full((rows,), tokens), cache)
+
+    shape = (rows,) if tokens == 1 else (rows, tokens)
+    compiled = step.lower(params, jax.ShapeDtypeStruct(shape, jnp.int32), cache).compile()
+    size = sum(np.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= size, "the cache is not written in place"
+    assert memory.temp_size_in_bytes < 0.25 * size
+    assert compiled.cost_analysis()["bytes accessed"] < 1.5 * size
