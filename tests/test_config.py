@@ -227,6 +227,8 @@ def test_blocks_resolve(name):
         ({"model__quant": "nvfp4", "model__fp4__signs": "all"}, "'model.fp4.signs' = 'all' is unknown"),
         ({"model__quant": "nvfp4", "model__fp4__operands": "all"}, "'model.fp4.operands' = 'all' is unknown"),
         ({"model__quant": "nvfp4", "model__fp4__products": "all"}, "'model.fp4.products' = 'all' is unknown"),
+        ({"model__quant": "nvfp4", "model__fp4__impl": "palas"}, "Did you mean 'pallas'?"),
+        ({"model__fp4__impl": "reference"}, "'model.fp4.impl' has no effect because model.quant is 'full'"),
         (
             {"model__quant": "nvfp4", "model__fp4__rotated": "both"},
             "would undo the codes of model.quant = 'nvfp4'",
@@ -629,6 +631,7 @@ ELSEWHERE = {
     "infer.exit_quantile": "test_loop", "infer.loop_cache": "test_loop",
     "train.check_replicas_steps": "test_replicas", "train.stall_seconds": "test_watchdog", "train.stall_exit": "test_watchdog",
     "infer.weights": "test_pack", "infer.impl": "test_pack",
+    "model.fp4.impl": "test_fp4_kernel",
 }  # fmt: skip
 # Newton-Schulz settings of groups that cannot be Muon are refused (test_unread_settings_are_refused).
 REFUSED = {
@@ -641,9 +644,9 @@ REFUSED.add("opt.scalar.state_bits")  # vectors keep float32 moments
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
 def test_unread_settings_are_refused(key):
-    value = {"steps": 3, "coefficients": "jordan", "scale": "rms", "ns_dtype": "float32", "state_bits": 8}[
-        key.rsplit(".", 1)[1]
-    ]
+    value = {
+        "steps": 3, "coefficients": "jordan", "scale": "rms", "ns_dtype": "float32", "state_bits": 8,
+    }[key.rsplit(".", 1)[1]]  # fmt: skip
     with pytest.raises(ConfigError, match=f"'{key}' has no effect because"):
         resolve(with_(**{key.replace(".", "__"): value}))
 

@@ -69,6 +69,32 @@ def backend() -> str:
     return jax.default_backend()
 
 
+def whole() -> bool:
+    """Whether the arrays of the program being traced cannot be split over devices.
+
+    True on one device, and inside a `jax.shard_map` over all axes of its mesh. Elsewhere a kernel is an
+    opaque call to the compiler, which would gather its operands.
+    """
+    if jax.device_count() == 1:
+        return True
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+
+
+def refuse(check: str) -> None:
+    """Say why a GPU kernel should not run in the program being traced.
+
+    Args: check: of `probe`, which is asked last.
+    Raises: NotImplementedError with the reason, if there is one.
+    """
+    if backend() != "gpu":
+        raise NotImplementedError(f"made for GPUs, this is {backend()}")
+    if not whole():
+        raise NotImplementedError(f"arrays may be split over {jax.device_count()} devices")
+    if reason := probe(check):
+        raise NotImplementedError(reason)
+
+
 _CHILD = """
 import sys
 try:

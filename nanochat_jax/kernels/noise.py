@@ -1,7 +1,8 @@
 """Random bits for rounding: a hash of the element's index, cheap enough to run inside the rounding loop.
 
 Rounding needs numbers that are uniform and unrelated between elements and steps, nothing more; the
-library's generator would cost several times the rest of an encoding.
+library's generator would cost several times the rest of an encoding. Kernels hash the same indices with
+the same words, so they draw the same bits.
 """
 
 import jax
@@ -15,11 +16,21 @@ def hashed_bits(key: Key, shape: tuple[int, ...]) -> jax.Array:
 
     So the bits do not depend on how the array is split over devices. Indices wrap beyond 2^32 elements.
     """
-    salt = jax.random.bits(key, (2,), jnp.uint32)
+    words = salt(key)
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return _mix(_mix(index ^ salt[0]) ^ salt[1])
+    return hashed(index, words[0], words[1])
+
+
+def salt(key: Key) -> jax.Array:
+    """The two words, uint32 [2], that stand for a key (consumed) in `hashed`."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def hashed(index: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """uint32 bits of elements by their index (uint32, in the order of rows) and the two words of `salt`."""
+    return _mix(_mix(index ^ first) ^ second)
 
 
 def _mix(x: jax.Array) -> jax.Array:

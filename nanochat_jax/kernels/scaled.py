@@ -1,7 +1,7 @@
 """Products of FP4 blocks on hardware that has them: `jax.nn.scaled_matmul`, behind a probe.
 
 NVFP4 only (E2M1 codes, blocks of 16, E4M3 scales): MXFP4 is not among the forms that cuDNN takes. Blackwell
-GPUs have such units; elsewhere `quant.fp4` emulates. Not verified on hardware: written from JAX's
+GPUs have such units; elsewhere `quant.fp4_products` emulates. Not verified on hardware: written from JAX's
 documentation, tested on CPU for shapes, dtypes, scales and the CUDA program that it lowers to.
 """
 

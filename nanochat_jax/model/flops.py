@@ -12,6 +12,7 @@ backward; layers behind the trunk are differentiated on all rows. Layers compute
 import math
 
 from nanochat_jax.config import ModelConfig
+from nanochat_jax.kernels.fp4 import FORMATS
 from nanochat_jax.model import collider, loop, transformer
 from nanochat_jax.params import flatten
 from nanochat_jax.quant import project as projections

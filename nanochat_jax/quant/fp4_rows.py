@@ -14,7 +14,7 @@ So few scales cannot follow outliers, hence two corrections of the paper:
   with t = 2 (v - a) / (b - a) - 1, f(v) = a + (b - a) / 2 (1 + sign(t) |t|^(1/k)), and the weight's
   gradient is multiplied by f'(v) = |t|^(1/k - 1) / k, at most 3.
 
-The backward products are in full precision. Emulated, see `quant.fp4`.
+The backward products are in full precision. Emulated, see `quant.fp4_products`.
 """
 
 import math
@@ -22,7 +22,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.quant import fp4, fp8
+from nanochat_jax.kernels import fp4
+from nanochat_jax.quant import fp8
 
 ESTIMATE_TOP = 3.0
 

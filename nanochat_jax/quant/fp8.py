@@ -4,7 +4,7 @@
 
 The largest entry of the tensor becomes the largest code; the rest is rounded to nearest, half to even.
 Codes have at most 4 significant bits, exact in bfloat16, so an ordinary product of them is what FP8
-units would give, up to the order of summation: emulated, like `quant.fp4`. The scale is that of the
+units would give, up to the order of summation: emulated, like `quant.fp4_products`. The scale is that of the
 present tensor (no history of past steps), so it sees all tokens of the batch.
 Source: arXiv:2209.05433 (formats).
 """

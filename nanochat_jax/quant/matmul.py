@@ -5,7 +5,7 @@ the quantizers as the identity in the backward pass (straight-through).
     backward  dx = (dy * w_scale) @ w_codes^T        dw = (x_codes * x_scale)^T @ dy
 
 With FP4 or FP8 gradients the operands of the two backward products are quantized as well (`dgrad` and
-`wgrad` of `fp4`, `fp8`); weights that were in codes in the forward pass keep them. Activations that were in FP4
+`wgrad` of `fp4_products`, `fp8`); weights that were in codes in the forward pass keep them. Activations that were in FP4
 are kept as they came, for their blocks run along another axis in dw.
 
 Else the residuals are the codes (one byte per element), not x and w. The forward of int8 activations
@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.config import Fp4Config
-from nanochat_jax.kernels import integer, scaled
-from nanochat_jax.quant import fp4, fp4_rows, fp8, ternary
+from nanochat_jax.kernels import fp4, integer, scaled
+from nanochat_jax.quant import fp4_products, fp4_rows, fp8, ternary
 from nanochat_jax.types import Key
 
 
@@ -38,6 +38,10 @@ def _tensor_weight(quantize: Callable, w: jax.Array, group: int) -> tuple[jax.Ar
 def _tensor_act(quantize: Callable, x: jax.Array, how: Fp4Config) -> tuple[jax.Array, jax.Array]:
     codes, tensor = quantize(x)
     return codes, jnp.broadcast_to(tensor, (*x.shape[:-1], 1))
+
+
+def _fp4_act(name: str, x: jax.Array, how: Fp4Config) -> tuple[jax.Array, jax.Array]:
+    return _tensor_act(functools.partial(fp4.scaled_levels, name=name, impl=how.impl), x, how)
 
 
 def _dx(dy: jax.Array, w: jax.Array) -> jax.Array:
@@ -59,8 +63,8 @@ def _fp4_gradients(name: str, dy, scaled, x, w, exact, how, key) -> tuple[jax.Ar
     return (
         _dx(scaled.astype(dy.dtype), w)
         if how.products == "wgrad"
-        else fp4.dgrad(scaled, w, name, how, dx_key, exact),
-        _dw(x, dy) if how.products == "dgrad" else fp4.wgrad(x, dy, name, how, dw_key),
+        else fp4_products.dgrad(scaled, w, name, how, dx_key, exact),
+        _dw(x, dy) if how.products == "dgrad" else fp4_products.wgrad(x, dy, name, how, dw_key),
     )
 
 
@@ -84,10 +88,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "int8": lambda x, how: ternary.int8_rows(x),
     "fp8": functools.partial(_tensor_act, functools.partial(fp8.quantize, name="e4m3")),
     "fp4_rows": lambda x, how: fp4_rows.rows(x, how.outliers),
-    **{
-        name: functools.partial(_tensor_act, functools.partial(fp4.scaled_levels, name=name))
-        for name in fp4.FORMATS
-    },
+    **{name: functools.partial(_fp4_act, name) for name in fp4.FORMATS},
 }
 # (dy, dy * w's scale, x, w's codes, whether w's codes are in a low-bit format, settings, key) -> (dx, dw)
 GRADIENTS: dict[str, Callable] = {
@@ -155,17 +156,18 @@ def _rows(array: jax.Array) -> jax.Array:
     return array.reshape(-1, array.shape[-1])
 
 
-def _in_units(x: jax.Array, ws: Arrays, name: str) -> jax.Array:
+def _in_units(x: jax.Array, ws: Arrays, name: str, how: Fp4Config) -> jax.Array:
     """x @ w in FP4 units, float32 [tokens, sum n_i]."""
-    rows = fp4.quantize(_rows(x), name)
-    return _beside([fp4.in_units(rows, fp4.along_inputs(fp4.quantize(w, name, tiles=True))) for w in ws])
+    rows = fp4.quantize(_rows(x), name, impl=how.impl)
+    columns = [fp4_products.along_inputs(fp4.quantize(w, name, tiles=True)) for w in ws]
+    return _beside([fp4_products.in_units(rows, column) for column in columns])
 
 
 def _forward(x, ws, weight, act, group, grad, how, key):
     x_codes, x_scale = ACTIVATIONS[act](x, how)
     w_codes, w_scale = _operand(ws, weight, group, x.dtype)
     if weight == act and scaled.native(weight):
-        y = _in_units(x, ws, weight)
+        y = _in_units(x, ws, weight, how)
     elif w_scale is not None and x_codes.dtype == w_codes.dtype == jnp.int8:  # an exact integer product
         y = _rows(integer.integer_matmul(x_codes, w_codes)) * (w_scale * _rows(x_scale))
     else:

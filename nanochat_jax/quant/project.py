@@ -12,8 +12,8 @@ import jax
 from flax import struct
 
 from nanochat_jax.config import Fp4Config, ModelConfig
-from nanochat_jax.kernels import dispatch, scaled
-from nanochat_jax.quant import fp4, pack
+from nanochat_jax.kernels import dispatch, fp4, scaled
+from nanochat_jax.quant import pack
 from nanochat_jax.quant.matmul import ACTIVATIONS, GRADIENTS, WEIGHTS, matmul
 from nanochat_jax.types import Key
 

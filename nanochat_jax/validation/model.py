@@ -109,6 +109,7 @@ def _validate_fp4(m: ModelConfig) -> None:
         raise ConfigError(f"'model.fp4.hadamard' must be 0 or a power of 2 up to 256, got {f.hadamard}")
     choice("model.fp4.outside", f.outside, ("full", "same"))
     if not 0 <= f.outliers < 1:
+    choice("model.fp4.impl", f.impl, ("auto", "pallas", "reference"))
         raise ConfigError(f"'model.fp4.outliers' must be in [0, 1), got {f.outliers}")
     at_least("model.fp4.estimator", f.estimator, 1)
     name = next((name for name in FP4_BLOCK if name in m.quant), "")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nanochat_jax.config import Fp4Config
-from nanochat_jax.kernels import dispatch, scaled
-from nanochat_jax.quant import fp4
+from nanochat_jax.kernels import dispatch, fp4, scaled
+from nanochat_jax.quant import fp4_products
 from nanochat_jax.quant import project as projections
 from nanochat_jax.quant.matmul import matmul
 
@@ -88,7 +88,7 @@ def test_tiles_turned_are_blocks_along_the_inputs():
     @jax.jit
     def both(w):
         tiles = fp4.quantize(w, "nvfp4", tiles=True)
-        turned = fp4.along_inputs(tiles)
+        turned = fp4_products.along_inputs(tiles)
         return turned.scales, fp4.dequantize(turned, "nvfp4"), fp4.dequantize(tiles, "nvfp4", True).T
 
     scales, turned, tiles = both(w)

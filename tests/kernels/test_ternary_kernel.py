@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_lowering import cuda_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -275,20 +276,5 @@ def test_lowers_for_cuda(dtype, grouped, blocks):
     rows, n, m = (3 if blocks.form == "gemv" else blocks.bm), 128, 11 * 256
     scale = jax.ShapeDtypeStruct((m // 128, n), jnp.float32) if grouped else None
     arguments = (jax.ShapeDtypeStruct((rows, m), dtype), jax.ShapeDtypeStruct((n, m // 4), jnp.uint8), scale)
-    with _some_gpu():
-        traced = jax.jit(lambda x, c, s: ternary_pallas.dot(x, c, s, blocks)).trace(*arguments)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = cuda_text(lambda x, c, s: ternary_pallas.dot(x, c, s, blocks), *arguments)
     assert "__gpu$xla.gpu.triton" in text or "triton" in text
-
-
-def _some_gpu():
-    """The device that newer versions of jax ask for when they lower without one."""
-    import contextlib
-
-    if not hasattr(jax.sharding, "AbstractDevice") or jax.__version_info__ < (0, 11):
-        return contextlib.nullcontext()
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.sharding.use_abstract_mesh(
-        jax.sharding.AbstractMesh((1,), ("x",), auto, abstract_device=device)
-    )

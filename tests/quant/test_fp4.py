@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax import validation
-from nanochat_jax.quant import fp4
+from nanochat_jax.kernels import fp4
+from nanochat_jax.quant import fp4_products
 
 E2M1 = ml_dtypes.float4_e2m1fn
 SCALE_TYPES = {"nvfp4": ml_dtypes.float8_e4m3fn, "mxfp4": ml_dtypes.float8_e8m0fnu}
@@ -243,7 +244,7 @@ def test_noise_does_not_depend_on_the_devices(key):
 
 @pytest.mark.parametrize("width", [1, 2, 16, 32, 64, 128])
 def test_hadamard_equals_scipy_and_is_orthogonal(width):
-    matrix = fp4.hadamard(width)
+    matrix = fp4_products.hadamard(width)
     np.testing.assert_allclose(matrix, scipy.linalg.hadamard(width) / np.sqrt(width), rtol=1e-6)
     np.testing.assert_allclose(matrix.astype(np.float64) @ matrix.T, np.eye(width), atol=1e-6)
 
@@ -251,25 +252,25 @@ def test_hadamard_equals_scipy_and_is_orthogonal(width):
 @pytest.mark.parametrize("kind", ["none", "fixed", "random"])
 @pytest.mark.parametrize("width", [16, 64])
 def test_rotation_keeps_norms_and_products_and_has_an_inverse(kind, width, key):
-    sign = fp4.signs(kind, width, key)
+    sign = fp4_products.signs(kind, width, key)
     assert set(np.asarray(sign).tolist()) == ({1.0} if kind == "none" else {-1.0, 1.0})
     a, b = jax.random.normal(key, (2, 8, 128))
-    ra, rb = (np.asarray(fp4.rotate(v, sign), np.float64) for v in (a, b))
+    ra, rb = (np.asarray(fp4_products.rotate(v, sign), np.float64) for v in (a, b))
     a64, b64 = np.asarray(a, np.float64), np.asarray(b, np.float64)
     np.testing.assert_allclose(np.linalg.norm(ra, axis=1), np.linalg.norm(a64, axis=1), rtol=1e-5)
     np.testing.assert_allclose(ra @ rb.T, a64 @ b64.T, atol=1e-4)
-    np.testing.assert_allclose(fp4.unrotate(fp4.rotate(a, sign), sign), a, atol=1e-5)
+    np.testing.assert_allclose(fp4_products.unrotate(fp4_products.rotate(a, sign), sign), a, atol=1e-5)
     factor = np.diag(sign) @ scipy.linalg.hadamard(width) / np.sqrt(width)
     np.testing.assert_allclose(ra[:, :width], a64[:, :width] @ factor, atol=1e-5)
 
 
 def test_signs():
-    same = [fp4.signs("fixed", 64, k) for k in (None, jax.random.key(1), jax.random.key(2))]
+    same = [fp4_products.signs("fixed", 64, k) for k in (None, jax.random.key(1), jax.random.key(2))]
     assert all(np.array_equal(s, same[0]) for s in same) and abs(float(same[0].sum())) < 32
-    a, b = (fp4.signs("random", 64, jax.random.key(k)) for k in (1, 2))
+    a, b = (fp4_products.signs("random", 64, jax.random.key(k)) for k in (1, 2))
     assert np.any(np.asarray(a) != np.asarray(b))
     with pytest.raises(ValueError, match="random signs need a key"):
-        fp4.signs("random", 64)
+        fp4_products.signs("random", 64)
 
 
 @pytest.mark.parametrize("width", [16, 32, 64])
@@ -278,11 +279,13 @@ def test_rotation_helps_mxfp4_against_outliers(width):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 64, 512)).astype(np.float32)
     a[:, rng.choice(512, 16, replace=False)] *= 20
-    sign = fp4.signs("fixed", width)
+    sign = fp4_products.signs("fixed", width)
     exact = a.astype(np.float64) @ b.T
 
     def product(turn):
         qa, qb = (DEQUANTIZE(QUANTIZE(turn(jnp.asarray(v)), name="mxfp4"), "mxfp4") for v in (a, b))
         return np.asarray(qa, np.float64) @ np.asarray(qb).T
 
-    assert error(product(lambda v: fp4.rotate(v, sign)), exact) < 0.8 * error(product(lambda v: v), exact)
+    assert error(product(lambda v: fp4_products.rotate(v, sign)), exact) < 0.8 * error(
+        product(lambda v: v), exact
+    )

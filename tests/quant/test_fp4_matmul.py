@@ -15,8 +15,9 @@ import pytest
 
 from nanochat_jax import losses, params, validation
 from nanochat_jax.config import Fp4Config, LoopConfig, MtpConfig
+from nanochat_jax.kernels import fp4
 from nanochat_jax.model import transformer
-from nanochat_jax.quant import fp4
+from nanochat_jax.quant import fp4_products
 from nanochat_jax.quant import project as projections
 from nanochat_jax.quant.matmul import matmul
 from nanochat_jax.quant.project import Precision, Project
@@ -74,12 +75,12 @@ def test_the_rotation_reaches_the_products_it_is_for(name, key):
         gradients(x, w, dy, grad=name, how=h, key=key)
         for h in (PLAIN, how, dataclasses.replace(how, rotated="both"))
     )
-    sign = fp4.signs("fixed", 32)
-    rotated = blocks(fp4.rotate(x.T, sign), name) @ blocks(fp4.rotate(dy.T, sign), name).T
+    sign = fp4_products.signs("fixed", 32)
+    rotated = blocks(fp4_products.rotate(x.T, sign), name) @ blocks(fp4_products.rotate(dy.T, sign), name).T
     np.testing.assert_allclose(one[2], rotated, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(one[1], plain[1])
     np.testing.assert_array_equal(both[2], one[2])
-    rotated = blocks(fp4.rotate(dy, sign), name) @ blocks(fp4.rotate(w, sign), name).T
+    rotated = blocks(fp4_products.rotate(dy, sign), name) @ blocks(fp4_products.rotate(w, sign), name).T
     np.testing.assert_allclose(both[1], rotated, rtol=1e-3, atol=1e-3)
 
 
