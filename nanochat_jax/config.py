@@ -185,6 +185,7 @@ class GroupConfig:
     coefficients: str = "polar_express"  # one of the names in optim.muon.COEFFICIENTS
     scale: str = "original"  # one of the names in optim.muon.SCALES
     ns_dtype: str = "auto"  # Newton-Schulz products: auto = bfloat16 on GPU and TPU, float32 on CPU
+    ns_impl: str = "auto"  # of its symmetric products: auto | pallas (GPU) | reference (plain XLA)
     cautious: bool = False  # decay only where the update agrees in sign with the weight
     state_bits: int = 32  # 32 = float32 moments | 8 = codes, see opt.codes
 
@@ -197,6 +198,7 @@ class CodesConfig:
     momentum: str = "linear"  # linear | dynamic; a second moment is always dynamic and unsigned
     rounding: str = "nearest"  # nearest | stochastic
     scales: str = "float32"  # float32 | bfloat16
+    impl: str = "auto"  # of the update: auto | pallas (GPU, one kernel) | reference (plain XLA)
 
 
 @dataclass(frozen=True)

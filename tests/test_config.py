@@ -329,6 +329,13 @@ def test_blocks_resolve(name):
         ({"opt__matrix__ns_dtype": "float16"}, "Did you mean 'bfloat16'?"),
         ({"opt__matrix__state_bits": 4}, "must be 8 or 32, got 4"),
         ({"opt__codes__block": 64}, "no effect because no group has state_bits = 8"),
+        ({"opt__codes__impl": "reference"}, "no effect because no group has state_bits = 8"),
+        ({"opt__codes__impl": "palas"}, "Did you mean 'pallas'?"),
+        ({"opt__matrix__ns_impl": "triton"}, "'opt.matrix.ns_impl' = 'triton' is unknown"),
+        (
+            {"opt__matrix__name": "adamw", "opt__matrix__ns_impl": "reference"},
+            "'opt.matrix.ns_impl' has no effect because opt.matrix.name is 'adamw'",
+        ),
         ({"opt__galore__update_gap": 50}, "no effect because opt.galore.rank is 0"),
         ({"opt__galore__rank": 300}, "projects nothing: the matrices' shorter sides are 256, 256, 256"),
         ({"opt__galore__rank": 64, "opt__galore__projector_bits": 4}, "must be 8, 16 or 32, got 4"),
@@ -631,13 +638,14 @@ ELSEWHERE = {
     "infer.exit_quantile": "test_loop", "infer.loop_cache": "test_loop",
     "train.check_replicas_steps": "test_replicas", "train.stall_seconds": "test_watchdog", "train.stall_exit": "test_watchdog",
     "infer.weights": "test_pack", "infer.impl": "test_pack",
-    "model.fp4.impl": "test_fp4_kernel",
+    "model.fp4.impl": "test_fp4_kernel", "opt.codes.impl": "test_int8_kernel",
+    "opt.matrix.ns_impl": "test_symmetric_kernel",
 }  # fmt: skip
 # Newton-Schulz settings of groups that cannot be Muon are refused (test_unread_settings_are_refused).
 REFUSED = {
     f"opt.{g}.{k}"
     for g in ("embed", "head", "scalar")
-    for k in ("steps", "coefficients", "scale", "ns_dtype")
+    for k in ("steps", "coefficients", "scale", "ns_dtype", "ns_impl")
 }
 REFUSED.add("opt.scalar.state_bits")  # vectors keep float32 moments
 
@@ -645,7 +653,8 @@ REFUSED.add("opt.scalar.state_bits")  # vectors keep float32 moments
 @pytest.mark.parametrize("key", sorted(REFUSED))
 def test_unread_settings_are_refused(key):
     value = {
-        "steps": 3, "coefficients": "jordan", "scale": "rms", "ns_dtype": "float32", "state_bits": 8,
+        "steps": 3, "coefficients": "jordan", "scale": "rms", "ns_dtype": "float32", "ns_impl": "reference",
+        "state_bits": 8,
     }[key.rsplit(".", 1)[1]]  # fmt: skip
     with pytest.raises(ConfigError, match=f"'{key}' has no effect because"):
         resolve(with_(**{key.replace(".", "__"): value}))

@@ -15,7 +15,7 @@ import optax
 
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import GROUPS, GroupConfig, OptConfig
-from nanochat_jax.optim import fire, foam, galore, lion, muon, normuon, quantized, schedules, skip
+from nanochat_jax.optim import fire, foam, fused, galore, lion, muon, normuon, quantized, schedules, skip
 from nanochat_jax.types import Metrics
 
 # Lays a stack of matrices out over devices before work that needs them whole; None = as they are.
@@ -29,13 +29,24 @@ OPTIMIZERS: dict[str, Callable[[GroupConfig, Constrain], optax.GradientTransform
     "lion": lambda g, _: lion.scale_by_lion(g.beta1, g.beta2),
 }
 
-# Applied in order to a group's direction (transform, group's name, settings, seed), innermost first:
-# GaLore over 8-bit codes of folded moments. Each is the identity at its setting's neutral value.
-Wrapper = Callable[[optax.GradientTransformation, str, OptConfig, int], optax.GradientTransformation]
+# The same directions element by element, where all but Newton-Schulz is: their 8-bit update can be one kernel.
+FORMS: dict[str, Callable[[GroupConfig, Constrain], fused.Form]] = {
+    "muon": lambda g, constrain: fused.muon(g.beta1, _orthogonalizer(g, constrain)),
+    "adamw": lambda g, _: fused.adam(g.beta1, g.beta2, g.eps),
+    "lion": lambda g, _: fused.lion(g.beta1, g.beta2),
+}
+
+# Applied in order to a group's direction (transform, its form or None, group's name, settings, seed), innermost
+# first: GaLore over 8-bit codes of folded moments. Each is the identity at its setting's neutral value.
+Wrapper = Callable[
+    [optax.GradientTransformation, fused.Form | None, str, OptConfig, int], optax.GradientTransformation
+]
 WRAPPERS: dict[str, Wrapper] = {
-    "foam": lambda tx, name, cfg, seed: _folded(tx, cfg) if name == "matrix" and cfg.foam.level else tx,
-    "codes": lambda tx, name, cfg, seed: _coded(tx, cfg, seed) if getattr(cfg, name).state_bits == 8 else tx,
-    "galore": lambda tx, name, cfg, seed: (
+    "foam": lambda tx, form, name, cfg, seed: _folded(tx, cfg) if name == "matrix" and cfg.foam.level else tx,
+    "codes": lambda tx, form, name, cfg, seed: (
+        _coded(tx, form, name, cfg, seed) if getattr(cfg, name).state_bits == 8 else tx
+    ),
+    "galore": lambda tx, form, name, cfg, seed: (
         _galore(tx, cfg, seed) if name == "matrix" and cfg.galore.rank else tx
     ),
 }
@@ -122,8 +133,9 @@ def direction(
     shaped = group.name in ("muon", "normuon") and name == "matrix" and cfg.galore.rank
     inner = dataclasses.replace(group, scale="unit") if shaped else group
     tx = OPTIMIZERS[group.name](inner, constrain)
+    form = FORMS[group.name](inner, constrain) if group.name in FORMS else None
     for wrapper in WRAPPERS.values():
-        tx = wrapper(tx, name, cfg, seed)
+        tx = wrapper(tx, form, name, cfg, seed)
     # GaLore shows Muon projected shapes; the factor by shape belongs to the real ones.
     return optax.chain(tx, muon.scale_by_shape(group.scale)) if shaped else tx
 
@@ -135,10 +147,13 @@ def _folded(tx: optax.GradientTransformation, cfg: OptConfig) -> optax.GradientT
     return foam.fold_state(tx, level)
 
 
-def _coded(tx: optax.GradientTransformation, cfg: OptConfig, seed: int) -> optax.GradientTransformation:
+def _coded(
+    tx: optax.GradientTransformation, form: fused.Form | None, name: str, cfg: OptConfig, seed: int
+) -> optax.GradientTransformation:
     c = cfg.codes
     codes = {"mu": c.momentum, "nu": "dynamic_unsigned"}
-    return quantized.quantize_state(tx, codes, c.block, c.rounding, seed, c.scales)
+    form = None if name == "matrix" and cfg.foam.level else form  # folded moments are not the form's
+    return quantized.quantize_state(tx, codes, c.block, c.rounding, seed, c.scales, form=form, impl=c.impl)
 
 
 def _galore(tx: optax.GradientTransformation, cfg: OptConfig, seed: int) -> optax.GradientTransformation:
@@ -155,10 +170,19 @@ def _matrices(tree: Any) -> Any:
 
 
 def _muon(group: GroupConfig, constrain: Constrain) -> optax.GradientTransformation:
-    dtype = None if group.ns_dtype == "auto" else group.ns_dtype
     return muon.scale_by_muon(
-        group.beta1, group.steps, group.coefficients, group.scale, dtype=dtype, constrain=constrain
-    )
+        group.beta1, group.steps, group.coefficients, group.scale, dtype=_ns_dtype(group),
+        constrain=constrain, impl=group.ns_impl,
+    )  # fmt: skip
+
+
+def _orthogonalizer(group: GroupConfig, constrain: Constrain) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    dtype = _ns_dtype(group)
+    return muon.orthogonalizer(group.steps, group.coefficients, group.scale, dtype, constrain, group.ns_impl)
+
+
+def _ns_dtype(group: GroupConfig) -> str | None:
+    return None if group.ns_dtype == "auto" else group.ns_dtype
 
 
 def decay(group: GroupConfig, factor: schedules.Factor | None = None) -> optax.GradientTransformation:

@@ -22,6 +22,7 @@ Sources: Jordan et al. 2024 (Muon), arXiv:2502.16982 (shape scale), arXiv:2505.1
 Express), arXiv:2504.05295 (Dion's coefficients).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 import optax
 
 from nanochat_jax import params as params_lib
+from nanochat_jax.kernels import symmetric
 
 Triple = tuple[float, float, float]
 
@@ -74,6 +76,7 @@ def newton_schulz(
     coefficients: str = "polar_express",
     dtype: Any = None,
     span: int | None = None,
+    impl: str = "auto",
 ) -> jax.Array:
     """Approximate polar factor of each matrix.
 
@@ -85,6 +88,7 @@ def newton_schulz(
             always float32.
         span: steps between returns to x; None = SPAN for float32 matrices at least twice as long
             as wide, else 1 (the textbook iteration).
+        impl: of the symmetric products, see `kernels.symmetric`: "auto", "pallas" or "reference".
 
     Returns: [..., m, n] in x's dtype; singular values near 1, zero where x is a zero matrix.
     Raises: ValueError for rank < 2, an unknown name, or fewer than one step.
@@ -107,22 +111,23 @@ def newton_schulz(
     norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True)) * SLACK[coefficients]
     y = (wide / jnp.where(norm > 0, norm, 1.0)).astype(dtype)
     for start in range(0, steps, span):
-        gram = dot(y.mT, y) if m > n else dot(y, y.mT)
-        identity, rest = _compose(gram, table[start : start + span])
+        gram = symmetric.gram(y.mT if m > n else y, impl)
+        identity, rest = _compose(gram, table[start : start + span], impl)
         y = identity * y + (dot(y, rest) if m > n else dot(rest, y))
     return y.astype(x.dtype)
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:
     """Batched product; float32 means float32 (GPUs would otherwise round it to TF32)."""
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
+    return symmetric.product(x, y)
 
 
-def _compose(gram: jax.Array, table: tuple[Triple, ...]) -> tuple[float, jax.Array]:
+def _compose(gram: jax.Array, table: tuple[Triple, ...], impl: str) -> tuple[float, jax.Array]:
     """(s, R) such that s I + R is the product of the steps' polynomials of the Gram matrix.
 
     The multiple of the identity is kept apart so that low precision does not swallow R.
     """
+    dot = functools.partial(symmetric.commuting, impl=impl)  # all are polynomials of the Gram matrix
     identity, rest = 1.0, None
     for i, (a, b, c) in enumerate(table):
         step = b * gram + c * dot(gram, gram)  # the step's polynomial is a I + step
@@ -150,6 +155,7 @@ def scale_by_muon(
     nesterov: bool = True,
     dtype: Any = None,
     constrain: Callable[..., jax.Array] | None = None,
+    impl: str = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Replace each matrix update by an approximately orthogonal one.
 
@@ -168,6 +174,7 @@ def scale_by_muon(
         constrain: lays the momentum of a leaf out before Newton-Schulz, and with back=True the
             result again, for example `parallel.over_layers(mesh)`, which gives each device its own
             whole matrices.
+        impl: of Newton-Schulz's symmetric products, see `newton_schulz`.
 
     Returns: transform without learning rate or sign; updates keep the gradient's dtype.
     Raises: ValueError for unknown names; at init and update for leaves of rank < 2, naming them.
@@ -186,6 +193,7 @@ def scale_by_muon(
         raise ValueError(f"no coefficients '{coefficients}'; known: {', '.join(COEFFICIENTS)}")
     if scale not in SCALES:
         raise ValueError(f"no scale '{scale}'; known: {', '.join(SCALES)}")
+    orthogonalize = orthogonalizer(steps, coefficients, scale, dtype, constrain, impl)
 
     def init(params):
         _check_matrices(params)
@@ -202,17 +210,30 @@ def scale_by_muon(
         mu = jax.tree.map(average, updates, state.mu)
         ahead = jax.tree.map(average, updates, mu) if nesterov else mu
 
-        def orthogonalize(g, u):
-            factor = SCALES[scale](*u.shape[-2:])
-            if constrain is None:
-                return (factor * newton_schulz(u, steps, coefficients, dtype)).astype(g.dtype)
-            u = newton_schulz(constrain(u), steps, coefficients, dtype)
-            return (factor * constrain(u, back=True)).astype(g.dtype)
-
         count = jnp.asarray(optax.safe_increment(state.count))
         return jax.tree.map(orthogonalize, updates, ahead), MuonState(count, mu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def orthogonalizer(
+    steps: int,
+    coefficients: str,
+    scale: str,
+    dtype: Any,
+    constrain: Callable[..., jax.Array] | None,
+    impl: str,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """From (gradient, momentum to follow) to the update, in the gradient's dtype; args of `scale_by_muon`."""
+
+    def orthogonalize(g, u):
+        factor = SCALES[scale](*u.shape[-2:])
+        if constrain is None:
+            return (factor * newton_schulz(u, steps, coefficients, dtype, impl=impl)).astype(g.dtype)
+        u = newton_schulz(constrain(u), steps, coefficients, dtype, impl=impl)
+        return (factor * constrain(u, back=True)).astype(g.dtype)
+
+    return orthogonalize
 
 
 def scale_by_shape(scale: str) -> optax.GradientTransformation:

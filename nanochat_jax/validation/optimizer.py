@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 GROUPS = ("matrix", "embed", "head", "scalar")
 # Settings of a group that its optimizer reads, besides name, lr, weight_decay and cautious.
 READ = {
-    "muon": ("beta1", "steps", "coefficients", "scale", "ns_dtype"),
-    "normuon": ("beta1", "beta2", "steps", "coefficients", "scale", "ns_dtype"),
+    "muon": ("beta1", "steps", "coefficients", "scale", "ns_dtype", "ns_impl"),
+    "normuon": ("beta1", "beta2", "steps", "coefficients", "scale", "ns_dtype", "ns_impl"),
     "adamw": ("beta1", "beta2", "eps"),
     "lion": ("beta1", "beta2"),
 }
@@ -23,7 +23,7 @@ READ = {
 def _check_unread(path: str, g: GroupConfig) -> None:
     """A changed setting that the group's optimizer does not read is a mistake, not a no-op."""
     default = type(g)()
-    for key in ("beta2", "eps", "steps", "coefficients", "scale", "ns_dtype"):
+    for key in ("beta2", "eps", "steps", "coefficients", "scale", "ns_dtype", "ns_impl"):
         if key not in READ[g.name] and getattr(g, key) != getattr(default, key):
             raise ConfigError(f"'{path}.{key}' has no effect because {path}.name is '{g.name}'")
     if g.cautious and not g.weight_decay:
@@ -41,6 +41,7 @@ def validate_opt(o: OptConfig, t: TrainConfig) -> None:
         choice(f"{path}.coefficients", g.coefficients, ("jordan", "polar_express", "dion"))
         choice(f"{path}.scale", g.scale, ("original", "rms", "spectral"))
         choice(f"{path}.ns_dtype", g.ns_dtype, ("auto", "float32", "bfloat16"))
+        choice(f"{path}.ns_impl", g.ns_impl, ("auto", "pallas", "reference"))
         at_least(f"{path}.steps", g.steps, 1)
         at_least(f"{path}.weight_decay", g.weight_decay, 0)
         for key in ("lr", "eps"):
@@ -89,8 +90,10 @@ def _validate_memory(o: OptConfig) -> None:
     choice("opt.codes.momentum", c.momentum, ("linear", "dynamic"))
     choice("opt.codes.rounding", c.rounding, ("nearest", "stochastic"))
     choice("opt.codes.scales", c.scales, ("float32", "bfloat16"))
+    choice("opt.codes.impl", c.impl, ("auto", "pallas", "reference"))
     if all(getattr(o, group).state_bits == 32 for group in GROUPS):
-        unused("opt.codes", c, "no group has state_bits = 8", ("block", "momentum", "rounding", "scales"))
+        keys = [field.name for field in dataclasses.fields(c)]
+        unused("opt.codes", c, "no group has state_bits = 8", keys)
     for key, low in (
         ("rank", 0), ("update_gap", 1), ("scale", 0), ("min_dim", 1), ("oversampling", 0), ("power_iterations", 0)
     ):  # fmt: skip

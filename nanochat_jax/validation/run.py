@@ -16,8 +16,8 @@ LOSS_TERMS = ("next_token", "z", "logit_entropy", "mtp", "exit", "exit_entropy",
 
 # Settings of a group that its optimizer reads, besides name, lr, weight_decay and cautious.
 READ = {
-    "muon": ("beta1", "steps", "coefficients", "scale", "ns_dtype"),
-    "normuon": ("beta1", "beta2", "steps", "coefficients", "scale", "ns_dtype"),
+    "muon": ("beta1", "steps", "coefficients", "scale", "ns_dtype", "ns_impl"),
+    "normuon": ("beta1", "beta2", "steps", "coefficients", "scale", "ns_dtype", "ns_impl"),
     "adamw": ("beta1", "beta2", "eps"),
     "lion": ("beta1", "beta2"),
 }

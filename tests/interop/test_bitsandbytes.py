@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from nanochat_jax.kernels import int8
 from nanochat_jax.optim import quantized as q
 
 torch = pytest.importorskip("torch", reason="extra 'interop'")
@@ -28,7 +29,7 @@ def data(code, seed=0):
 @pytest.mark.parametrize("code", SIGNED)
 def test_levels(code):
     want = bnb.functional.create_dynamic_map(signed=SIGNED[code]).numpy()
-    np.testing.assert_allclose(q.LEVELS[code], want, rtol=1e-6)
+    np.testing.assert_allclose(int8.LEVELS[code], want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("code", SIGNED)

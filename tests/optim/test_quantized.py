@@ -17,12 +17,13 @@ from test_transforms import share_left
 from nanochat_jax import parallel
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import MeshConfig
+from nanochat_jax.kernels import int8
 from nanochat_jax.optim import lion, muon
 from nanochat_jax.optim import quantized as q
 from nanochat_jax.types import TrainState
 
 few = hypothesis.settings(max_examples=10, deadline=None)
-codes_of = pytest.mark.parametrize("code", q.CODES)
+codes_of = pytest.mark.parametrize("code", int8.CODES)
 EPS = 2.0**-22  # a few float32 roundings
 # (n, block): whole blocks, a shorter last one, a row shorter than a block, single elements.
 SPLITS = st.sampled_from([(64, 16), (70, 32), (5, 80), (3, 1)])
@@ -38,7 +39,7 @@ def normal(shape, seed=0, decades=0.0):
 
 def levels(code):
     """Multiples of the scale, float64."""
-    return np.arange(-127, 128) if code == "linear" else q.LEVELS[code].astype(np.float64)
+    return np.arange(-127, 128) if code == "linear" else int8.LEVELS[code].astype(np.float64)
 
 
 def draw(shape, seed, decades, code):
@@ -57,7 +58,7 @@ def bounds(x, code, top):
 
 
 @few
-@hypothesis.given(st.integers(0, 2**31), SPLITS, st.sampled_from(q.CODES), st.floats(0, 8))
+@hypothesis.given(st.integers(0, 2**31), SPLITS, st.sampled_from(int8.CODES), st.floats(0, 8))
 def test_every_entry_goes_to_the_nearest_level(seed, split, code, decades):
     n, block = split
     x = draw((2, 3, n), seed, decades, code) * np.float32(10.0 ** (seed % 9 - 4))
@@ -76,7 +77,9 @@ def test_every_entry_goes_to_the_nearest_level(seed, split, code, decades):
 
 
 @few
-@hypothesis.given(st.integers(0, 2**31), st.sampled_from([1, 40]), st.sampled_from(q.CODES), st.floats(0, 8))
+@hypothesis.given(
+    st.integers(0, 2**31), st.sampled_from([1, 40]), st.sampled_from(int8.CODES), st.floats(0, 8)
+)
 def test_stochastic_rounding_takes_a_neighbouring_level(seed, n, code, decades):
     x = draw((4, n), seed, decades, code)
     got = np.asarray(dequantize(*quantize(jnp.asarray(x), n, code, jax.random.key(seed)), n, code))
@@ -105,7 +108,7 @@ def test_stochastic_rounding_is_unbiased(code):
 
 
 def test_noise_is_unrelated_between_elements_and_keys():
-    a, b = (np.asarray(q._uniform(jax.random.key(i), (64, 128))).ravel() for i in (0, 1))
+    a, b = (np.asarray(int8._uniform(jax.random.key(i), (64, 128))).ravel() for i in (0, 1))
     assert a.min() >= 0 and a.max() < 1
     for u, v in ((a, b), (a[1:], a[:-1]), (a[128:], a[:-128]), (a[::2], a[1::2])):
         assert abs(np.corrcoef(u, v)[0, 1]) < 4 / np.sqrt(len(u))
@@ -115,7 +118,7 @@ def test_noise_is_unrelated_between_elements_and_keys():
 
 @few
 @hypothesis.given(
-    st.integers(0, 2**31), st.sampled_from(q.CODES), st.sampled_from([jnp.float32, jnp.bfloat16])
+    st.integers(0, 2**31), st.sampled_from(int8.CODES), st.sampled_from([jnp.float32, jnp.bfloat16])
 )
 def test_requantizing_changes_nothing(seed, code, scale_dtype):
     x = draw((3, 96), seed, 3.0, code)
@@ -129,7 +132,7 @@ def test_requantizing_changes_nothing(seed, code, scale_dtype):
 
 
 @few
-@hypothesis.given(st.integers(0, 2**31), st.sampled_from(q.CODES))
+@hypothesis.given(st.integers(0, 2**31), st.sampled_from(int8.CODES))
 def test_nested_smaller_blocks_have_smaller_scales(seed, code):
     """So the error bound, a fixed share of the scale, never grows; nor does the mean error here."""
     x = draw((4, 512), seed, 2.0, code)
@@ -144,7 +147,7 @@ def test_nested_smaller_blocks_have_smaller_scales(seed, code):
 
 
 @few
-@hypothesis.given(st.integers(0, 2**31), st.sampled_from(q.CODES))
+@hypothesis.given(st.integers(0, 2**31), st.sampled_from(int8.CODES))
 def test_blocks_are_independent(seed, code):
     n, block = 70, 32
     x = jnp.asarray(draw((2, n), seed, 1.0, code))
