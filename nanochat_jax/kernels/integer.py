@@ -3,10 +3,12 @@
 Three carriers give the same bits (|q| <= 127, |t| <= 1 are exact in bfloat16, and products and
 sums are exact in float32 while 127 * depth < 2**24), so the fastest on this device is chosen by a
 probe, once per process: int8 dot products are the quickest on CPUs with AVX-512-VNNI and on GPUs
-with integer tensor cores, floats elsewhere.
+with integer tensor cores, floats elsewhere. On a GPU int8 takes part if a child process found its
+integers right there, and in products whose sizes its libraries take without copies.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,20 @@ from nanochat_jax.kernels import dispatch
 MAX_DEPTH = 2**24 // 127  # contraction length up to which float32 accumulation is exact
 
 
+MULTIPLE = 16  # of all sizes of an int8 product on a GPU
+
+
 def _int8(q: jax.Array, t: jax.Array) -> jax.Array:
+    if dispatch.backend() == "gpu" and q.shape[-1] <= MAX_DEPTH:  # deeper ones have no other carrier
+        sizes = (math.prod(q.shape[:-1]), *t.shape[-2:])
+        if any(size % MULTIPLE for size in sizes):
+            raise NotImplementedError(f"sizes {sizes} are no multiples of {MULTIPLE}")
+        if reason := dispatch.probe("nanochat_jax.kernels.integer:check_on_device"):
+            raise NotImplementedError(reason)
+    return _int8_product(q, t)
+
+
+def _int8_product(q: jax.Array, t: jax.Array) -> jax.Array:
     return jnp.matmul(q, t, preferred_element_type=jnp.int32).astype(jnp.float32)
 
 
@@ -45,10 +60,11 @@ IMPLS = {
 def preferred() -> str:
     """The carrier that is fastest on the default device (probed once per process)."""
     rng = np.random.default_rng(0)
+    size = 512 if dispatch.backend() == "cpu" else 4096  # on a GPU a small one times the launch
 
     def arguments() -> tuple[np.ndarray, np.ndarray]:
-        q = rng.integers(-127, 128, (512, 512)).astype(np.int8)
-        t = rng.integers(-1, 2, (512, 512)).astype(np.int8)
+        q = rng.integers(-127, 128, (size, size)).astype(np.int8)
+        t = rng.integers(-1, 2, (size, size)).astype(np.int8)
         return q, t
 
     return dispatch.fastest(IMPLS, arguments)
@@ -62,3 +78,19 @@ def integer_matmul(q: jax.Array, t: jax.Array, *, impl: str = "auto") -> jax.Arr
     """
     order = [preferred(), *IMPLS] if impl == "auto" else [impl]
     return dispatch.first({name: IMPLS[name] for name in order}, "auto", q, t)
+
+
+def check_on_device() -> None:
+    """Compile int8 products on the default device and compare their integers with NumPy's.
+
+    Raises: whatever the compiler says, or ValueError naming the sizes that came out wrong.
+    """
+    rng = np.random.default_rng(0)
+    for rows, inputs, outputs in ((16, 256, 64), (256, 2048, 128)):
+        q = rng.integers(-127, 128, (rows, inputs)).astype(np.int8)
+        q[0] = 127  # the largest sums
+        t = rng.integers(-1, 2, (inputs, outputs)).astype(np.int8)
+        t[:, 0] = 1
+        exact = q.astype(np.float64) @ t.astype(np.float64)  # whole numbers: exact, and faster than int64
+        if not np.array_equal(np.asarray(jax.jit(_int8_product)(q, t)), exact):
+            raise ValueError(f"wrong integers of {rows} x {inputs} with {outputs} outputs")

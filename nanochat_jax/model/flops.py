@@ -16,7 +16,6 @@ from nanochat_jax.kernels.fp4 import FORMATS
 from nanochat_jax.model import collider, loop, transformer
 from nanochat_jax.params import flatten
 from nanochat_jax.quant import project as projections
-from nanochat_jax.quant.fp4 import FORMATS
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
@@ -78,6 +77,8 @@ def rounding_flops(cfg: ModelConfig, tokens: int) -> tuple[float, float]:
         given = p.weight == "full" and how.operands == "both"  # w is rounded for dx, not in codes already
         if p.grad == "fp8":
             backward += ROUND["fp8"] * (2 * outputs + inputs + weights * (p.weight == "full"))
+        elif p.grad == "int8":
+            backward += ROUND["int8"] * outputs
         elif p.grad in FORMATS:
             dy, other = (ROUND[p.grad] if plain else STOCHASTIC for plain in (
                 how.stochastic == "none", how.stochastic != "both",

@@ -4,8 +4,8 @@ the quantizers as the identity in the backward pass (straight-through).
     forward   y  = (x_codes @ w_codes) * x_scale * w_scale
     backward  dx = (dy * w_scale) @ w_codes^T        dw = (x_codes * x_scale)^T @ dy
 
-With FP4 or FP8 gradients the operands of the two backward products are quantized as well (`dgrad` and
-`wgrad` of `fp4_products`, `fp8`); weights that were in codes in the forward pass keep them. Activations that were in FP4
+With FP4, FP8 or 8-bit gradients operands of the backward products are quantized as well (`dgrad` and
+`wgrad` of `fp4_products`, `fp8`, `int8`); weights that were in codes in the forward pass keep them. Activations that were in FP4
 are kept as they came, for their blocks run along another axis in dw.
 
 Else the residuals are the codes (one byte per element), not x and w. The forward of int8 activations
@@ -26,7 +26,7 @@ import numpy as np
 
 from nanochat_jax.config import Fp4Config
 from nanochat_jax.kernels import fp4, integer, scaled
-from nanochat_jax.quant import fp4_products, fp4_rows, fp8, ternary
+from nanochat_jax.quant import fp4_products, fp4_rows, fp8, int8, ternary
 from nanochat_jax.types import Key
 
 
@@ -72,6 +72,10 @@ def _fp8_gradients(dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Ar
     return fp8.dgrad(scaled, w, exact), fp8.wgrad(x, dy)
 
 
+def _int8_gradients(dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Array]:
+    return int8.dgrad(scaled, w), _dw(x, dy)
+
+
 # Each slot: operand -> (codes, scale); the operand is close to codes * scale. None = no scale.
 WEIGHTS: dict[str, Callable] = {
     "full": lambda w, group: (w, None),
@@ -94,6 +98,7 @@ ACTIVATIONS: dict[str, Callable] = {
 GRADIENTS: dict[str, Callable] = {
     "full": _plain,
     "fp8": _fp8_gradients,
+    "int8": _int8_gradients,  # of ternary weights
     **{name: functools.partial(_fp4_gradients, name) for name in fp4.FORMATS},
 }
 

@@ -37,6 +37,8 @@ class Precision:
                 raise ValueError(
                     f"precision slot '{slot}': unknown format '{name}'; known: {', '.join(known)}"
                 )
+        if self.grad == "int8" and self.weight != "ternary":
+            raise ValueError(f"gradients in int8 need ternary weights, got '{self.weight}'")
 
 
 Rules = tuple[tuple[str, Precision], ...]
@@ -52,6 +54,7 @@ def _blocks(*slots: str) -> Rules:
 PRESETS: dict[str, Rules] = {
     "full": ((r".*", Precision()),),
     "ternary": _blocks("ternary", "int8"),
+    "ternary_int8": _blocks("ternary", "int8", "int8"),  # arXiv:2304.13013
     "nvfp4": _blocks("nvfp4", "nvfp4", "nvfp4"),  # arXiv:2509.25149
     "mxfp4": _blocks("mxfp4", "mxfp4", "mxfp4"),  # arXiv:2605.09825
     "nvfp4_grad": _blocks("full", "full", "nvfp4"),  # forward as without

@@ -18,7 +18,7 @@ REMAT = ("none", "dots", "block")
 FP4_BLOCK = {"nvfp4": 16, "mxfp4": 32}  # elements that share a scale
 QUANT_PRESETS = (
     "full", "ternary", "nvfp4", "mxfp4", "nvfp4_grad", "mxfp4_grad", "ternary_nvfp4", "ternary_mxfp4",
-    "fp8", "fp4_rows", "fp8_nvfp4",
+    "ternary_int8", "fp8", "fp4_rows", "fp8_nvfp4",
 )  # fmt: skip
 
 
@@ -50,6 +50,11 @@ def validate_model(m: ModelConfig) -> None:
         at_least("model.window", window, 0)
     if m.quant_group and not m.quant.startswith("ternary"):
         raise ConfigError(f"'model.quant_group' has no effect because model.quant is '{m.quant}'")
+    if m.quant_group and m.quant == "ternary_int8":
+        raise ConfigError(
+            f"'model.quant_group' must be 0 with model.quant = 'ternary_int8', whose gradients are integer "
+            f"products with the codes, got {m.quant_group}"
+        )
     if m.quant_group:
         _matrices_divide(m, "model.quant_group", m.quant_group)
     _validate_fp4(m)
@@ -104,12 +109,12 @@ def _validate_fp4(m: ModelConfig) -> None:
     choice("model.fp4.signs", f.signs, ("none", "fixed", "random"))
     choice("model.fp4.operands", f.operands, ("gradient", "both"))
     choice("model.fp4.products", f.products, ("dgrad", "wgrad", "both"))
+    choice("model.fp4.impl", f.impl, ("auto", "pallas", "reference"))
     at_least("model.fp4.hadamard", f.hadamard, 0)
     if f.hadamard and (f.hadamard.bit_count() != 1 or f.hadamard > 256):
         raise ConfigError(f"'model.fp4.hadamard' must be 0 or a power of 2 up to 256, got {f.hadamard}")
     choice("model.fp4.outside", f.outside, ("full", "same"))
     if not 0 <= f.outliers < 1:
-    choice("model.fp4.impl", f.impl, ("auto", "pallas", "reference"))
         raise ConfigError(f"'model.fp4.outliers' must be in [0, 1), got {f.outliers}")
     at_least("model.fp4.estimator", f.estimator, 1)
     name = next((name for name in FP4_BLOCK if name in m.quant), "")
