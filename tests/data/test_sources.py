@@ -278,7 +278,9 @@ def test_rust_documents(tmp_path, monkeypatch):
 
 
 def test_missing_sources_say_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"matches no file; expected stdlib, rust, conversations, hf:<dataset>.*looked from"):
+    with pytest.raises(
+        DataError, match=r"matches no file; expected stdlib, rust, conversations, hf:<dataset>.*looked from"
+    ):
         texts(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="matches no file"):
