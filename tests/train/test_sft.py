@@ -39,6 +39,7 @@ def settings(tmp_path, name="base", **changes):
         (tmp_path / f"{i}.txt").write_text(f"a line of text about {i}, and a few more words.\n" * 30)
     given = {
         **{f"model.{key}": value for key, value in MODEL.items()}, "data.tokenizer": "bytes", "data.seq_len": 64,
+        "opt.matrix.name": "adamw", "model.quant": "full",
         "data.source": tmp_path / "*.txt", "data.val_percent": 20, "eval.batches": 0, "eval.sample_tokens": 8,
         "train.steps": 8, "opt.schedule.warmup_steps": 2, "ckpt.every_steps": 2, "eval.every_steps": 4,
     } | changes  # fmt: skip
