@@ -75,6 +75,14 @@ def test_json_lines_parquet_and_datasets_say_the_same(tmp_path, monkeypatch):
     assert read(tmp_path / "c.parquet") == TALKS
 
 
+@pytest.mark.interop
+def test_datasets_from_a_local_folder(tmp_path):
+    pytest.importorskip("datasets", reason="the 'data' extra is not installed")
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl")
+    assert read(f"hf:{tmp_path / 'set'}") == TALKS
+
+
 def test_only_role_and_content_are_kept():
     messages = [message | {"name": "x", "thinking": None} for message in TALKS[0]]
     assert turns.stored(messages) == turns.stored(TALKS[0])
