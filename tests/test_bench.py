@@ -1,10 +1,13 @@
 """The benchmark commands, as typed."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
+
+from nanochat_jax.bench import operations
 
 
 def run(child_env, *arguments):
@@ -53,6 +56,7 @@ def test_telemetry_of_the_smoke_model(child_env):
     assert record["bytes_per_step"] > 0 and record["every_steps"] == 5
 
 
+@pytest.mark.slow
 def test_kernels_off_gpu(child_env):
     """Correctness is checked, plain XLA is timed, and the record says what was not measured."""
     result = run(child_env, "kernels", "--json")
@@ -63,3 +67,17 @@ def test_kernels_off_gpu(child_env):
     assert {name for p in record["products"] for name in p["us"]} == {
         "bfloat16", "w2a8 reference", "w2a16 reference"
     }  # fmt: skip
+    listed = {row["operation"]: row for row in record["operations"]}
+    assert len(listed) == len(record["operations"]) == 13
+    for row in listed.values():
+        assert set(row["checked"].values()) == {"right"} and not row["refused"]
+        assert ("percent_of_bandwidth" in row) != ("ratio_to_bfloat16" in row)
+        assert "interpret" not in row["us"] and min(row["us"].values()) > 0
+
+
+@pytest.mark.parametrize("name", ["nvfp4 quantize, nearest", "8-bit moments, lion"])
+def test_a_wrong_kernel_is_named(name, monkeypatch):
+    operation = next(o for o in operations.OPERATIONS if o.name == name)
+    broken = lambda impl, v, *rest: operation.run("reference", v.at[3].multiply(1.5), *rest)  # noqa: E731
+    with pytest.raises(ValueError, match=f"{name}, reference: wrong"):
+        operations.checked(dataclasses.replace(operation, run=broken), 0)

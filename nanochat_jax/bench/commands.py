@@ -39,7 +39,7 @@ def telemetry(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
 
 
 def kernels(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
-    """Correctness and speed of the packed ternary product. Flags: write."""
+    """Correctness and speed of every kernel. Flags: write."""
     record = products.kernels(flags.write)
     return record, products.table(record)
 

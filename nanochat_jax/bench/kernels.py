@@ -1,4 +1,5 @@
 """The packed ternary product against the bfloat16 product of the same sizes: right first, then how fast.
+The other kernels are in `operations`.
 
 Protocol: every implementation must give the exact integers of fresh random inputs before anything is
 timed. A timed call multiplies with `copies` different weights, which together exceed four times the
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanochat_jax.bench import operations
 from nanochat_jax.config import ConfigError
 from nanochat_jax.kernels import dispatch, ternary, ternary_pallas, tuning
 from nanochat_jax.quant import pack
@@ -173,6 +175,7 @@ def kernels(write: bool = False) -> dict[str, Any]:
     gbps = bandwidth(plan.megabytes, plan.repeats)
     record["copy_gb_per_second"] = gbps
     record["products"] = [measure(*size, rows, plan, gbps) for size in plan.sizes for rows in plan.rows]
+    record["operations"] = operations.operations(seed, gbps, plan.repeats, median_ms)
     return record
 
 
@@ -192,4 +195,4 @@ def table(record: dict[str, Any]) -> str:
                 f"{product['outputs']} x {product['inputs']:<10}{product['rows']:>6}  {name:<18}{us:>10.1f}"
                 f"{product['ratio_to_bfloat16'][name]:>8.2f}x{'' if share is None else f'{share:.1f}%':>11}"
             )
-    return "\n".join(lines)
+    return "\n".join(lines + operations.lines(record["operations"]))
