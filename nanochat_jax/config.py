@@ -341,6 +341,8 @@ class InferConfig:
     capacity: int = 1024  # slots of the key/value cache: prompt and answer together
     weights: str = "full"  # full | packed: ternary matrices at 2 bits per weight
     impl: str = "auto"  # of the packed product: auto | pallas (GPU) | reference (plain XLA)
+    draft_tokens: int = 0  # speculative decoding: tokens drafted ahead at most; 0 = none
+    draft_loops: int = 0  # drafts come from the model with so many loops; 0 = from the layers of model.mtp
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ TOO_SMALL = {
     "log.every_steps": 0, "log.min_entropy": -0.1, "log.max_grad_norm": -0.1, "log.prometheus_port": -1,
     "infer.max_tokens": 0, "infer.temperature": -0.1, "infer.top_k": -1, "infer.capacity": 1,
     "train.check_replicas_steps": -1, "train.stall_seconds": -0.1,
-    "infer.exit_quantile": -0.1, "mesh.data": 0, "mesh.fsdp": 0, "mesh.tensor": 0,
+    "infer.exit_quantile": -0.1, "infer.draft_tokens": -1, "infer.draft_loops": -1, "mesh.data": 0, "mesh.fsdp": 0, "mesh.tensor": 0,
 }  # fmt: skip
 
 
@@ -513,6 +513,30 @@ def test_blocks_resolve(name):
         ({"infer__weights": "pakced"}, "'infer.weights' = 'pakced' is unknown"),
         ({"infer__weights": "packed"}, "needs ternary weights, but model.quant is 'full'"),
         ({"infer__impl": "reference"}, "'infer.impl' has no effect because infer.weights is 'full'"),
+        ({"infer__draft_loops": 1}, "'infer.draft_loops' has no effect because infer.draft_tokens is 0"),
+        ({"infer__draft_tokens": 2}, "'infer.draft_tokens' must be at most model.mtp.depth = 0, got 2"),
+        ({"infer__draft_tokens": 2, "infer__draft_loops": 1}, "'infer.draft_loops' must be below"),
+        ({"infer__draft_tokens": 17, "infer__draft_loops": 1, "model__loop__count": 2}, "at most 16, got 17"),
+        (
+            {
+                "infer__draft_tokens": 2,
+                "infer__draft_loops": 1,
+                "model__loop__count": 2,
+                "infer__loop_cache": "last",
+            },
+            "'infer.loop_cache' must be 'all' with infer.draft_tokens",
+        ),
+        (
+            {
+                "infer__draft_tokens": 2,
+                "infer__draft_loops": 1,
+                "model__loop__count": 2,
+                "model__loop__gate": "shared",
+                "infer__exit_quantile": 0.5,
+                "train__loss": (("exit", 1.0),),
+            },
+            "'infer.exit_quantile' must be 1 with infer.draft_tokens",
+        ),
         ({"train__check_replicas_steps": 5}, "has no effect because the mesh is one device"),
         (
             {"train": {"stall_exit": True, "stall_seconds": 0.0}},
@@ -640,6 +664,7 @@ ELSEWHERE = {
     "infer.weights": "test_pack", "infer.impl": "test_pack",
     "model.fp4.impl": "test_fp4_kernel", "opt.codes.impl": "test_int8_kernel",
     "opt.matrix.ns_impl": "test_symmetric_kernel",
+    "infer.draft_tokens": "test_speculative", "infer.draft_loops": "test_speculative",
 }  # fmt: skip
 # Newton-Schulz settings of groups that cannot be Muon are refused (test_unread_settings_are_refused).
 REFUSED = {

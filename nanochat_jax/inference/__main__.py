@@ -18,6 +18,8 @@ FLAGS = {
     "loop_cache": cli.Flag("", "all or last; default infer.loop_cache"),
     "weights": cli.Flag("", "full or packed; default infer.weights"),
     "impl": cli.Flag("", "of the packed product; default infer.impl"),
+    "draft_tokens": cli.Flag(-1, "tokens drafted ahead, 0 = none; default infer.draft_tokens"),
+    "draft_loops": cli.Flag(-1, "loops of the drafts, 0 = layers of model.mtp; default infer.draft_loops"),
     "seed": cli.Flag(0, "of the draws"),
 }
 
@@ -36,8 +38,8 @@ def main(cfg: Config, call: cli.Invocation) -> int:
             return terminal.main(
                 *load.load_engine(cfg, home, settings, slots=1), settings, call.seed, call.system
             )
-        ran: list = []
-        text = load.sampler(cfg, home, settings, ran)
+        ran, tell = [], []
+        text = load.sampler(cfg, home, settings, ran, tell)
         prompt = call.prompt or cfg.eval.prompt
         sys.stdout.write(prompt)
         for piece in text(prompt, call.seed):
@@ -46,9 +48,8 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     except BrokenPipeError:
         return 0
     print()
-    if ran:
-        mean = sum(int(loops[0]) for loops in ran) / len(ran)
-        print(f"{mean:.2f} of {cfg.model.loop.count} loops per token", file=sys.stderr)
+    if line := load.summary(cfg.model, ran, tell):
+        print(line, file=sys.stderr)
     return 0
 
 

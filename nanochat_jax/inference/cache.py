@@ -12,11 +12,14 @@ from nanochat_jax.model import loop, transformer
 from nanochat_jax.types import KVCache
 
 
-def allocate(cfg: ModelConfig, batch: int, capacity: int, loops: str = "all") -> KVCache:
+def allocate(
+    cfg: ModelConfig, batch: int, capacity: int, loops: str = "all", future: bool = False
+) -> KVCache:
     """An empty cache of `capacity` slots for `batch` rows, zero-filled.
 
     loops: whose keys and values are kept: "all", or the "last" one's only, which takes 1 / R of the memory
-    and changes what tokens after the prompt see (arXiv:2510.25741 measured it to be harmless).
+    and changes what tokens after the prompt see (arXiv:2510.25741 measured it to be harmless). future: room
+    for the layers of multi-token prediction, which draft.
     Zeros and not garbage: masked slots still enter a product with probability 0, and 0 * NaN is NaN.
     """
     dtype = transformer.compute_dtype(cfg)
@@ -26,6 +29,8 @@ def allocate(cfg: ModelConfig, batch: int, capacity: int, loops: str = "all") ->
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     outside = {name: pair(own.layers) for name, own in loop.outside(cfg).items()}
+    if future:
+        outside["mtp"] = pair(cfg.mtp.depth)
     kept = cfg.loop.count if loops == "all" else 1
     return KVCache(*pair(kept, cfg.layers), jnp.zeros((batch,), jnp.int32), outside)
 

@@ -10,7 +10,7 @@ from nanochat_jax import checkpoint, parallel
 from nanochat_jax import params as params_lib
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import Config, ConfigError, InferConfig, MeshConfig, ModelConfig
-from nanochat_jax.inference import engine, schedule
+from nanochat_jax.inference import engine, pace, schedule, speculative
 from nanochat_jax.model import transformer
 from nanochat_jax.quant import pack
 from nanochat_jax.quant import project as projections
@@ -51,8 +51,9 @@ def load_engine(
     known = min(tokenizer.vocab_size, cfg.model.vocab_size)
     chunk = min(256, 1 << settings.capacity.bit_length() - 1)
     return schedule.Engine(
-        cfg.model, params, known, slots, settings.capacity, chunk, settings.exit_quantile
-    ), tokenizer
+        cfg.model, params, known, slots, settings.capacity, chunk, settings.exit_quantile,
+        settings.draft_tokens, settings.draft_loops,
+    ), tokenizer  # fmt: skip
 
 
 def pieces(tokenizer: tokenizers.Tokenizer, ids: Iterator[int]) -> Iterator[str]:
@@ -64,14 +65,26 @@ def pieces(tokenizer: tokenizers.Tokenizer, ids: Iterator[int]) -> Iterator[str]
 
 
 def sampler(
-    cfg: Config, workdir: Path, settings: InferConfig, ran: list[jax.Array] | None = None
-) -> Callable[[str, int], Iterator[str]]:
-    """Build text(prompt, seed) -> pieces of the continuation, from a run's directory. ran: see `generate`."""
+    cfg: Config, workdir: Path, settings: InferConfig, ran: list[jax.Array] | None = None,
+    tell: list[pace.Pace] | None = None,
+) -> Callable[[str, int], Iterator[str]]:  # fmt: skip
+    """Build text(prompt, seed) -> pieces of the continuation, from a run's directory. ran: see
+    `engine.generate`. tell: see `speculative.generate`."""
     tokenizer = tokenizers.load(workdir / "tokenizer.json")
     params = served(cfg.model, load_params(cfg, workdir), settings)
 
     def text(prompt: str, seed: int) -> Iterator[str]:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        return pieces(tokenizer, engine.generate(cfg.model, params, ids, settings, jax.random.key(seed), ran))
+        key = jax.random.key(seed)
+        if settings.draft_tokens:
+            return pieces(tokenizer, speculative.generate(cfg.model, params, ids, settings, key, tell))
+        return pieces(tokenizer, engine.generate(cfg.model, params, ids, settings, key, ran))
 
     return text
+
+
+def summary(cfg: ModelConfig, ran: list[jax.Array], tell: list[pace.Pace]) -> str:
+    """What a sample showed of early exit and of drafts; "" if there was neither."""
+    if ran:
+        return f"{sum(int(loops[0]) for loops in ran) / len(ran):.2f} of {cfg.loop.count} loops per token"
+    return pace.line(tell[0]) if tell else ""

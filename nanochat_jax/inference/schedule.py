@@ -7,8 +7,11 @@ ends is thrown away.
 
 A prompt that begins like what a slot still holds (the turns of a chat) is copied from there and read from
 the first difference on.
+
+With drafts (inference/speculative.py) a step gives each row one token or more: the same tokens.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +21,13 @@ import jax
 import numpy as np
 
 from nanochat_jax.config import ModelConfig, padded_vocab
+from nanochat_jax.inference import pace, speculative
 from nanochat_jax.inference import slots as device
 from nanochat_jax.inference.sample import Controls
 from nanochat_jax.types import Params
 
 REUSED_LEAST = 16  # tokens in common that are worth a copy
+State = device.Slots | speculative.State  # the latter with drafts
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Engine:
     capacity: int = 1024  # prompt and answer together, in tokens
     chunk: int = 256  # most tokens of a prompt that are read at once; a power of two
     exit_quantile: float = 1.0  # see InferConfig
+    draft_tokens: int = 0  # see InferConfig
+    draft_loops: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class _Reading(NamedTuple):
     slot: int
     source: int  # slot that holds the first `start` tokens
     start: int
+    first: bool = True  # nothing of it has been read
 
 
 def check(engine: Engine, request: Request) -> None:
@@ -100,11 +108,17 @@ def check(engine: Engine, request: Request) -> None:
         )
 
 
-def allocate(engine: Engine) -> device.Slots:
+def allocate(engine: Engine) -> State:
     """Empty slots of the engine, beside its parameters."""
     # Room for the padding of the last piece: a write that does not fit would be moved to the left.
-    slots = device.allocate(engine.cfg, engine.slots, engine.capacity + engine.chunk)
-    return jax.device_put(slots, jax.tree.leaves(engine.params)[0].sharding)
+    if engine.draft_tokens:
+        room = max(engine.chunk, speculative.room(engine.cfg, engine.draft_tokens))
+        state: State = speculative.allocate(
+            engine.cfg, engine.slots, engine.capacity + room, engine.draft_loops
+        )
+    else:
+        state = device.allocate(engine.cfg, engine.slots, engine.capacity + engine.chunk)
+    return jax.device_put(state, jax.tree.leaves(engine.params)[0].sharding)
 
 
 def pieces(engine: Engine) -> tuple[int, ...]:
@@ -113,13 +127,14 @@ def pieces(engine: Engine) -> tuple[int, ...]:
     return tuple(least << i for i in range((engine.chunk // least).bit_length()))
 
 
-def warm_up(engine: Engine) -> device.Slots:
+def warm_up(engine: Engine) -> State:
     """Compile every program that `run` will need; returns empty slots for it."""
     slots = _admit(engine, allocate(engine), 0, Request((0,), 1))
     for size in pieces(engine):
-        slots, _ = _fill(engine, slots, _Reading(0, 0, 0), (0,) * size, True)
-    slots, drawn = _step(engine, slots, np.zeros(engine.slots, bool), False)
-    jax.block_until_ready(drawn)
+        slots, _ = _fill(engine, slots, _Reading(0, 0, 0), (0,) * size)
+    for drafts in pace.start(engine.draft_tokens).lengths if engine.draft_tokens else (0,):
+        slots, drawn = _step(engine, slots, np.zeros(engine.slots, bool), False, drafts)
+        jax.block_until_ready(drawn)
     return slots
 
 
@@ -127,19 +142,21 @@ def run(
     engine: Engine,
     take: Callable[[bool], Job | None],
     observe: Callable[[str, float], None] = lambda name, value: None,
-    slots: device.Slots | None = None,
+    slots: State | None = None,
 ) -> None:
     """Answer jobs until there are none.
 
     take: called with True when there is nothing to do: waits for a job, None ends `run`; called with False
     when a slot is free beside working ones: a job that waits already, or None. Jobs start in this order.
-    observe: is told "prompt_tokens", "reused_tokens", "tokens" and "depth" as they come, and after each
-    turn "active_slots" and "kv_tokens". slots: from `warm_up`; None allocates them.
+    observe: is told "prompt_tokens", "reused_tokens", "tokens" and "depth" as they come, after each turn
+    "active_slots" and "kv_tokens", and with drafts after each step "drafts" (tokens drafted ahead) and
+    "accepted_k", the share of k-th drafts that come true. slots: from `warm_up`; None allocates them.
     A request that cannot be answered ends with "error" and leaves the others alone.
     """
     slots = allocate(engine) if slots is None else slots
     table = _Table.of(engine.slots)
     reading: _Reading | None = None
+    seen = pace.start(engine.draft_tokens) if engine.draft_tokens else None
     try:
         while True:
             for slot, job in enumerate(table.jobs):
@@ -161,10 +178,14 @@ def run(
             before = len(table.unread)
             if reading is not None:
                 slots, reading = _read_piece(engine, table, slots, reading)
-            slots = _step_active(engine, table, slots)
+            drafts, timed = (0, False) if seen is None else pace.wanted(seen)
+            timed = timed and reading is None
+            while timed and table.unread:  # others' work must not be in its time
+                seen, before = _hand_out(table, observe, seen), 0
+            slots = _step_active(engine, table, slots, drafts, timed)
             worked = reading is not None or len(table.unread) > before
-            while len(table.unread) > (1 if worked else 0):
-                _hand_out(table, observe)
+            while len(table.unread) > (1 if worked and not timed else 0):
+                seen = _hand_out(table, observe, seen)
             observe("active_slots", sum(job is not None for job in table.jobs))
             observe(
                 "kv_tokens", sum(len(table.held[i]) for i, job in enumerate(table.jobs) if job is not None)
@@ -178,8 +199,10 @@ def run(
 class _Drawing(NamedTuple):
     """A dispatched draw, and (row of the draw, slot, job) that it is for."""
 
-    drawn: device.Drawn
+    drawn: device.Drawn | speculative.Steps
     rows: list[tuple[int, int, Job]]
+    drafts: int = 0
+    began: float | None = None  # when it was dispatched, if its time is wanted
 
 
 @dataclass(frozen=True)
@@ -189,7 +212,7 @@ class _Table:
     jobs: list[Job | None]
     held: list[list[int]]  # tokens that the slot's cache holds for sure
     said: list[list[int]]  # tokens of the answer that the host has read
-    draws: list[int]  # dispatched draws of the answer; 0 while its prompt is read
+    draws: list[int]  # dispatched draws of the answer, with drafts at least; 0 while its prompt is read
     used: list[int]  # when the slot was last given away
     unread: deque[_Drawing]  # in the order of their dispatch
 
@@ -221,26 +244,24 @@ def _end(table: _Table, slot: int, reason: str, message: str = "") -> None:
         job.finish(reason, message)
 
 
-def _read_piece(
-    engine: Engine, table: _Table, slots: device.Slots, at: _Reading
-) -> tuple[device.Slots, _Reading | None]:
+def _read_piece(engine: Engine, table: _Table, slots: State, at: _Reading) -> tuple[State, _Reading | None]:
     """Read the next piece of a prompt; with the last one the first token of the answer is drawn."""
     job = table.jobs[at.slot]
     assert job is not None
     piece = job.request.prompt[at.start : at.start + engine.chunk]
     end = at.start + len(piece)
     last = end == len(job.request.prompt)
-    slots, drawn = _fill(engine, slots, at, piece, last)
+    slots, drawn = _fill(engine, slots, at, job.request.prompt)
     table.held[at.slot] += piece
     if not last:
-        return slots, _Reading(at.slot, at.slot, end)
+        return slots, _Reading(at.slot, at.slot, end, first=False)
     table.draws[at.slot] = 1
     table.unread.append(_Drawing(drawn, [(0, at.slot, job)]))
     return slots, None
 
 
-def _step_active(engine: Engine, table: _Table, slots: device.Slots) -> device.Slots:
-    """Add a token to every row whose answer may have one more."""
+def _step_active(engine: Engine, table: _Table, slots: State, drafts: int, timed: bool) -> State:
+    """Add a token to every row whose answer may have one more, or some more."""
     active = [
         (slot, slot, job) for slot, job in enumerate(table.jobs)
         if job is not None and 0 < table.draws[slot] < job.request.max_tokens
@@ -251,21 +272,38 @@ def _step_active(engine: Engine, table: _Table, slots: device.Slots) -> device.S
     for _, slot, _ in active:
         mask[slot] = True
         table.draws[slot] += 1
-    slots, drawn = _step(engine, slots, mask, any(job.request.top for _, _, job in active))
-    table.unread.append(_Drawing(drawn, active))
+    began = time.perf_counter() if timed else None
+    slots, drawn = _step(engine, slots, mask, any(job.request.top for _, _, job in active), drafts)
+    table.unread.append(_Drawing(drawn, active, drafts, began))
     return slots
 
 
-def _hand_out(table: _Table, observe: Callable[[str, float], None]) -> None:
-    """Wait for the oldest draw and give its tokens to those who still want them."""
-    drawn, rows = table.unread.popleft()
-    read = jax.device_get(drawn)
-    for row, slot, job in rows:
-        if table.jobs[slot] is not job:
-            continue  # the answer has ended meanwhile: drawn too many
-        if read.depth[row]:
-            observe("depth", float(read.depth[row]))
-        _hear(table, slot, job, _token(read, row, job.request.top), bool(read.finite[row]), observe)
+def _hand_out(
+    table: _Table, observe: Callable[[str, float], None], seen: pace.Pace | None
+) -> pace.Pace | None:
+    """Wait for the oldest draw and give its tokens to those who still want them. Returns what is known of
+    drafts."""
+    oldest = table.unread.popleft()
+    read = jax.device_get(oldest.drawn)
+    if not isinstance(read, speculative.Steps):
+        read = speculative.Steps(jax.tree.map(lambda a: a[None], read), np.ones(len(read.token), np.int32))
+    elif seen is not None:
+        seconds = None if oldest.began is None else time.perf_counter() - oldest.began
+        seen = pace.seen(seen, oldest.drafts, [int(read.count[row]) for row, _, _ in oldest.rows], seconds)
+        observe("drafts", oldest.drafts)
+        for place, share in enumerate(pace.shares(seen)[: oldest.drafts], 1):
+            observe(f"accepted_{place}", share)
+    for row, slot, job in oldest.rows:
+        if table.jobs[slot] is job:
+            table.draws[slot] += int(read.count[row]) - 1
+        for k in range(read.count[row]):
+            if table.jobs[slot] is not job:
+                break  # the answer has ended meanwhile: drawn too many
+            drawn = jax.tree.map(lambda a, k=k: a[k], read.drawn)
+            if drawn.depth[row]:
+                observe("depth", float(drawn.depth[row]))
+            _hear(table, slot, job, _token(drawn, row, job.request.top), bool(drawn.finite[row]), observe)
+    return seen
 
 
 def _hear(
@@ -327,7 +365,7 @@ def _common(a: tuple[int, ...], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
-def _admit(engine: Engine, slots: device.Slots, slot: int, request: Request) -> device.Slots:
+def _admit(engine: Engine, slots: State, slot: int, request: Request) -> State:
     seen = np.zeros(padded_vocab(engine.cfg), bool)
     seen[list(request.prompt)] = True
     numbers = (
@@ -337,7 +375,9 @@ def _admit(engine: Engine, slots: device.Slots, slot: int, request: Request) -> 
     kinds = (np.float32, np.int32, *(np.float32,) * 5)
     controls = Controls(*(kind(value) for kind, value in zip(kinds, numbers, strict=True)))
     bias = device.meaningless(engine.cfg, engine.known, request.bias)
-    return device.admit(slots, np.int32(slot), _key(request.seed), controls, seen, bias)
+    own = slots.slots if isinstance(slots, speculative.State) else slots
+    own = device.admit(own, np.int32(slot), _key(request.seed), controls, seen, bias)
+    return slots._replace(slots=own) if isinstance(slots, speculative.State) else own
 
 
 def _key(seed: int) -> jax.Array:
@@ -346,20 +386,30 @@ def _key(seed: int) -> jax.Array:
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
-def _fill(
-    engine: Engine, slots: device.Slots, at: _Reading, piece: tuple[int, ...], last: bool
-) -> tuple[device.Slots, device.Drawn]:
+def _fill(engine: Engine, slots: State, at: _Reading, prompt: tuple[int, ...]) -> tuple[State, device.Drawn]:
+    piece = prompt[at.start : at.start + engine.chunk]
     tokens = np.zeros(next(size for size in pieces(engine) if size >= len(piece)), np.int32)
     tokens[: len(piece)] = piece
-    return device.fill(
-        engine.cfg, engine.params, slots, np.int32(at.source), np.int32(at.slot), tokens,
-        np.int32(at.start), np.int32(len(piece)), np.bool_(last),
+    end = at.start + len(piece)
+    places = (
+        np.int32(at.source), np.int32(at.slot), tokens, np.int32(at.start), np.int32(len(piece)),
+        np.bool_(end == len(prompt)),
     )  # fmt: skip
+    if not isinstance(slots, speculative.State):
+        return device.fill(engine.cfg, engine.params, slots, *places)
+    ahead = np.zeros(engine.cfg.mtp.depth, np.int32)
+    following = prompt[end : end + len(ahead)]
+    ahead[: len(following)] = following
+    return speculative.fill(engine.cfg, engine.params, slots, *places, np.bool_(at.first), ahead)
 
 
 def _step(
-    engine: Engine, slots: device.Slots, active: np.ndarray, tops: bool
-) -> tuple[device.Slots, device.Drawn]:
+    engine: Engine, slots: State, active: np.ndarray, tops: bool, drafts: int = 0
+) -> tuple[State, device.Drawn | speculative.Steps]:
+    if isinstance(slots, speculative.State):
+        return speculative.step(
+            engine.cfg, engine.draft_loops, drafts, engine.params, slots, active, np.bool_(tops)
+        )
     quantile = np.float32(engine.exit_quantile) if engine.exit_quantile < 1 else None
     return device.step(engine.cfg, engine.params, slots, active, np.bool_(tops), quantile)
 

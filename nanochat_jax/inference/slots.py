@@ -6,6 +6,7 @@ the number of the draw, never on the slot or the other rows.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -53,8 +54,9 @@ class Drawn(NamedTuple):
     depth: jax.Array  # int32 [B], loops that the token ran through; 0 = no early exit
 
 
-def allocate(cfg: ModelConfig, slots: int, capacity: int) -> Slots:
-    """Empty slots. capacity: tokens that fit in each, the padding of the last written piece included."""
+def allocate(cfg: ModelConfig, slots: int, capacity: int, future: bool = False) -> Slots:
+    """Empty slots. capacity: tokens that fit in each, the padding of the last written piece included.
+    future: see `cache.allocate`."""
     V = padded_vocab(cfg)
     nothing = jnp.zeros((slots,), jnp.int32)
     keys = jax.random.split(jax.random.key(0), slots)
@@ -62,7 +64,7 @@ def allocate(cfg: ModelConfig, slots: int, capacity: int) -> Slots:
         nothing, nothing + 0, keys, neutral(slots), jnp.zeros((slots, V), bool),
         jnp.zeros((slots, V), jnp.int32), jnp.zeros((slots, V), jnp.float32),
     )  # fmt: skip
-    return Slots(caches.allocate(cfg, slots, capacity), row)
+    return Slots(caches.allocate(cfg, slots, capacity, future=future), row)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -89,15 +91,30 @@ def fill(
     last: bool [], the prompt ends here: the first token of the answer is drawn.
     Returns: (slots, the draw with B = 1; meaningless unless `last`).
     """
+    return read(cfg, params, slots, source, slot, tokens_C, start, valid, last)[:2]
+
+
+def read(
+    cfg: ModelConfig, params: Params, slots: Slots, source: jax.Array, slot: jax.Array, tokens_C: jax.Array,
+    start: jax.Array, valid: jax.Array, last: jax.Array,
+    more: Callable[[KVCache, jax.Array], KVCache] = lambda cache, hidden_BCD: cache,
+) -> tuple[Slots, Drawn, jax.Array]:  # fmt: skip
+    """`fill` without jit, and the hidden states [1, C, D] too.
+
+    more: writes what else belongs into the cache of the one row, whose length still is `start`, from the
+    hidden states.
+    """
     prefix = caches.take(slots.cache, source, start)
     batch = engine.batch_of(tokens_C[None], prefix.length)
     output = transformer.forward(cfg, projections.from_config(cfg), params, batch, prefix)
     assert output.cache is not None
     behind = jax.lax.dynamic_slice_in_dim(output.hidden[0], valid - 1, 1, axis=0)
     logits = transformer.logits(cfg, params, behind)
-    cache = caches.insert(slots.cache, caches.roll_back(output.cache, prefix.length + valid), slot)
-    row, drawn = _draw(_get(slots.row, slot), logits, last[None], jnp.bool_(True), None)
-    return Slots(cache, _put(slots.row, slot, row)), drawn
+    filled = more(caches.roll_back(output.cache, prefix.length), output.hidden)
+    cache = caches.insert(slots.cache, caches.roll_back(filled, prefix.length + valid), slot)
+    own = row_of(slots.row, slot)
+    own, drawn = put_down(own, logits, last[None], jnp.bool_(True), None, noise(own, 0))
+    return Slots(cache, _put(slots.row, slot, own)), drawn, output.hidden
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -115,33 +132,48 @@ def step(
     assert output.cache is not None
     length = jnp.where(active_B, output.cache.length, slots.cache.length)
     logits = transformer.logits(cfg, params, output.hidden[:, 0])
-    row, drawn = _draw(slots.row, logits, active_B, tops, output.depth)
+    row, drawn = put_down(slots.row, logits, active_B, tops, output.depth, noise(slots.row, 0))
     return Slots(caches.roll_back(output.cache, length), row), drawn
 
 
-def _draw(row: Row, logits_BV, live_B, tops, depth_B) -> tuple[Row, Drawn]:
-    """Draw a token per row and count it where `live`."""
-    B, V = logits_BV.shape
-    log_probs = jax.nn.log_softmax(logits_BV)
-    noise = jax.vmap(lambda key, i: gumbel(jax.random.fold_in(key, i), V))(row.key, row.draws)
+def noise(row: Row, ahead: int) -> jax.Array:
+    """What decides the draw after `ahead` others of each row, float32 [B, V]: its key and the draw's number
+    do, nothing else."""
+    V = row.seen.shape[-1]
+    return jax.vmap(lambda key, i: gumbel(jax.random.fold_in(key, i), V))(row.key, row.draws + ahead)
+
+
+def choose(row: Row, logits_BV: jax.Array, live_B: jax.Array, noise_BV: jax.Array) -> Row:
+    """The row with the token that it draws from these logits, counted where `live`."""
     after = penalize(logits_BV, row.controls, row.seen, row.times, row.bias)
-    token_B = jnp.where(live_B, draw(after, noise, row.controls), row.token)
+    token_B = jnp.where(live_B, draw(after, noise_BV, row.controls), row.token)
+    rows, counted = jnp.arange(len(token_B)), live_B.astype(jnp.int32)
+    return row._replace(
+        token=token_B, draws=row.draws + counted, times=row.times.at[rows, token_B].add(counted),
+        seen=row.seen.at[rows, token_B].max(live_B),
+    )  # fmt: skip
+
+
+def put_down(
+    row: Row, logits_BV: jax.Array, live_B: jax.Array, tops: jax.Array, depth_B: jax.Array | None,
+    noise_BV: jax.Array,
+) -> tuple[Row, Drawn]:  # fmt: skip
+    """`choose`, and what is told of the draw. tops: bool [], report the likeliest ids too."""
+    B = len(logits_BV)
+    log_probs = jax.nn.log_softmax(logits_BV)
+    row = choose(row, logits_BV, live_B, noise_BV)
     top_logs, top_ids = jax.lax.cond(
         tops, lambda: tuple(jax.lax.top_k(log_probs, TOP)),
         lambda: (jnp.zeros((B, TOP), jnp.float32), jnp.zeros((B, TOP), jnp.int32)),
     )  # fmt: skip
-    chosen = jnp.take_along_axis(log_probs, token_B[:, None], -1)[:, 0]
+    chosen = jnp.take_along_axis(log_probs, row.token[:, None], -1)[:, 0]
     finite = jnp.all(jnp.isfinite(logits_BV), -1)
     depth_B = jnp.zeros((B,), jnp.int32) if depth_B is None else depth_B
-    rows, counted = jnp.arange(B), live_B.astype(jnp.int32)
-    row = row._replace(
-        token=token_B, draws=row.draws + counted, times=row.times.at[rows, token_B].add(counted),
-        seen=row.seen.at[rows, token_B].max(live_B),
-    )  # fmt: skip
-    return row, Drawn(token_B, chosen, top_ids, top_logs, finite, depth_B)
+    return row, Drawn(row.token, chosen, top_ids, top_logs, finite, depth_B)
 
 
-def _get(row: Row, slot: jax.Array) -> Row:
+def row_of(row: Row, slot: jax.Array) -> Row:
+    """One slot's, with B = 1."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, slot, 0), row)
 
 

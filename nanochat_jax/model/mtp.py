@@ -81,11 +81,8 @@ def future_hidden(
     def offset(u, layer):
         q, e_BLD = layer
         if cfg.mtp.kind == "parallel":
-            y = block(hidden_BLD, q)
-            return u, rms_norm(y, q.get("norm"), cfg.norm_eps)
-        u = rms_norm(u, q.get("hidden_norm"), cfg.norm_eps)
-        e = rms_norm(e_BLD, q.get("embed_norm"), cfg.norm_eps)
-        u = block(project("mtp/join", jnp.concatenate([u, e], -1), q["join"]), q)
+            return u, rms_norm(block(hidden_BLD, q), q.get("norm"), cfg.norm_eps)
+        u = block(joined(cfg, project, q, u, e_BLD), q)
         return u, rms_norm(u, q.get("norm"), cfg.norm_eps)
 
     passed = None
@@ -95,6 +92,14 @@ def future_hidden(
     # As in the trunk's layer scan: XLA's CPU backend does not fuse across the steps of a loop.
     unroll = M if dispatch.backend() == "cpu" else 1
     return jax.lax.scan(offset, hidden_BLD, (p, passed), unroll=unroll)[1]
+
+
+def joined(cfg: ModelConfig, project: Project, q: Params, u_BLD: jax.Array, e_BLD: jax.Array) -> jax.Array:
+    """What a chained offset's layer reads: the stream of the offset before, and the embedding of the token
+    that it passes over; all [B, L, D]."""
+    u = rms_norm(u_BLD, q.get("hidden_norm"), cfg.norm_eps)
+    e = rms_norm(e_BLD, q.get("embed_norm"), cfg.norm_eps)
+    return project("mtp/join", jnp.concatenate([u, e], -1), q["join"])
 
 
 def future_targets(targets_BL: jax.Array, depth: int) -> jax.Array:

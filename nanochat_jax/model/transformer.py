@@ -303,6 +303,31 @@ def last_layer(cfg: ModelConfig, project: Project, batch: Batch) -> Callable[[ja
     return lambda x, p: run(0, x, p)
 
 
+def draft(
+    cfg: ModelConfig, project: Project, params: Params, i: int, u_BLD: jax.Array, tokens_BL: jax.Array | None,
+    batch: Batch, cache: KVCache,
+) -> tuple[jax.Array, jax.Array, tuple]:  # fmt: skip
+    """Offset i = 1.. of `model.mtp` on tokens that follow the `cache.length[b]` ones of row b, as in training.
+
+    Args: u: the trunk's hidden states, or of the chained form those that offset i - 1 returned first.
+    tokens: int32, targets[t + i - 1], which the chained form passes over. batch: only positions are read.
+    cache: with the layers' keys and values under outside["mtp"], each offset's up to `length`.
+    Returns: what the next offset reads [B, L, D], hidden states before the unembedding [B, L, D], and keys
+    and values [B, L, G, K].
+    """
+    project = project.spared()
+    q, j = jax.tree.map(lambda a: a[i - 1], params["mtp"]), cfg.layers - 1
+    context, x = block.make_context(cfg, batch, cache), u_BLD
+    if cfg.mtp.kind == "chained":
+        x = mtp.joined(cfg, project, q, u_BLD, params["embed"].astype(u_BLD.dtype)[tokens_BL])
+    kv = (*cache.outside["mtp"], (i - 1,))
+    y, entries = block.attention(cfg, project, context, batch.tokens, j, x, q["attn"], None, kv)
+    x = x + y
+    x = x + block.mlp(cfg, project, x, q["mlp"])
+    last = rms_norm(x, q.get("norm"), cfg.norm_eps)
+    return (x if cfg.mtp.kind == "chained" else u_BLD), last, entries
+
+
 def _numbered(cfg: ModelConfig, project: Project, blocks: Params, first: int | jax.Array) -> Params:
     """The layers' weights with their number through all loops, where random rounding asks for it."""
     if project.key is None:

@@ -17,6 +17,8 @@ FLAGS = {
     "slots": cli.Flag(8, "requests answered at the same time"),
     "capacity": cli.Flag(0, "tokens of prompt and answer together; default infer.capacity"),
     "weights": cli.Flag("", "full or packed; default infer.weights"),
+    "draft_tokens": cli.Flag(-1, "tokens drafted ahead, 0 = none; default infer.draft_tokens"),
+    "draft_loops": cli.Flag(-1, "loops of the drafts, 0 = layers of model.mtp; default infer.draft_loops"),
     "max_queue": cli.Flag(64, "requests that may wait; more get 429"),
     "deadline": cli.Flag(120.0, "seconds for a whole request"),
     "drain": cli.Flag(30.0, "seconds that running answers get after SIGTERM"),
@@ -30,7 +32,8 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     home, cfg = cli.trained(call)
     if wrong := next((name for name in ("slots", "max_queue", "deadline") if call.flags[name] <= 0), ""):
         raise cli.UsageError(f"--{wrong} must be positive, got {call.flags[wrong]}")
-    changes = {name: call.flags[name] for name in ("capacity", "weights") if call.flags[name]}
+    given = {"capacity": 0, "weights": "", "draft_tokens": -1, "draft_loops": -1}
+    changes = {name: call.flags[name] for name, absent in given.items() if call.flags[name] != absent}
     infer = resolve({**to_dict(cfg), "infer": {**dataclasses.asdict(cfg.infer), **changes}}).infer
     cli.setup_runtime(cfg)
     from nanochat_jax.serve import run

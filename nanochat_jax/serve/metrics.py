@@ -23,6 +23,8 @@ KNOWN = {
     "tokens_per_second": ("gauge", "Tokens of answers, over the last second with any."),
     "model_load_seconds": ("gauge", "Loading and compiling."),
     "loop_mean": ("gauge", "Loops per token, with early exit."),
+    "spec_drafts": ("gauge", "Tokens drafted ahead in the last step."),
+    "spec_acceptance": ("gauge", "Share of the drafts of each place that came true, lately."),
     "build_info": ("gauge", "1, with the version and model as labels."),
 }
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
@@ -82,7 +84,7 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-LABELLED = ("requests_total", "rejected_total", "build_info")
+LABELLED = ("requests_total", "rejected_total", "spec_acceptance", "build_info")
 
 
 def _labels(labels: Mapping[str, str]) -> str:

@@ -102,6 +102,10 @@ def work(service: Service) -> None:
                 recent[:] = [now, 0.0]
         elif name == "depth":
             metrics.set("loop_mean", 0.99 * (metrics.get("loop_mean") or value) + 0.01 * value)
+        elif name.startswith("accepted_"):
+            metrics.set("spec_acceptance", value, head=name.removeprefix("accepted_"))
+        elif name == "drafts":
+            metrics.set("spec_drafts", value)
         elif name in ("prompt_tokens", "reused_tokens"):
             metrics.add(f"{name}_total", value)
         else:

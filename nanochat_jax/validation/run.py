@@ -172,6 +172,36 @@ def validate_run(c: Config) -> None:
         )
     if i.impl != "auto" and i.weights == "full":
         raise ConfigError("'infer.impl' has no effect because infer.weights is 'full'")
+    _validate_drafts(c)
+
+
+def _validate_drafts(c: Config) -> None:
+    i, loops, depth = c.infer, c.model.loop.count, c.model.mtp.depth
+    at_least("infer.draft_tokens", i.draft_tokens, 0)
+    at_least("infer.draft_loops", i.draft_loops, 0)
+    if not i.draft_tokens:
+        return unused("infer", i, "infer.draft_tokens is 0", ("draft_loops",))
+    if i.draft_loops >= loops:
+        raise ConfigError(
+            f"'infer.draft_loops' must be below model.loop.count = {loops}, got {i.draft_loops}: drafts with "
+            "all loops cost as much as the tokens"
+        )
+    if not i.draft_loops and i.draft_tokens > depth:
+        raise ConfigError(
+            f"'infer.draft_tokens' must be at most model.mtp.depth = {depth}, got {i.draft_tokens}; of a model "
+            "with loops infer.draft_loops > 0 drafts without such layers"
+        )
+    if i.draft_tokens > 16:
+        raise ConfigError(f"'infer.draft_tokens' must be at most 16, got {i.draft_tokens}")
+    if i.exit_quantile < 1:
+        raise ConfigError(
+            "'infer.exit_quantile' must be 1 with infer.draft_tokens: a step reads several tokens"
+        )
+    if i.loop_cache != "all":
+        raise ConfigError(
+            "'infer.loop_cache' must be 'all' with infer.draft_tokens: of tokens that are read together each "
+            "needs what every loop left of the ones before"
+        )
 
 
 def _validate_log(c: Config) -> None:

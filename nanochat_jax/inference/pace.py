@@ -1,0 +1,92 @@
+"""How many tokens to draft ahead: what a step with so many drafts costs, and how many of them come true.
+
+With c(d) the seconds of a step with d drafts and a_k the share of k-th drafts that were right where all
+before them were, a step yields 1 + sum_{k <= d} a_1 .. a_k tokens; taken is the d with the most tokens per
+second, and none at all (d = 0, plain decoding) if that is the best. Times decide about time only: a text
+does not depend on them, see inference/speculative.py.
+"""
+
+from typing import NamedTuple
+
+RUNS = 3  # measured steps of each length; the shortest counts, so that a compilation among them does not
+RENEW = 1024  # steps after which they are measured anew
+FORGET = 1 / 64  # weight of the newest step in the shares
+
+
+class Pace(NamedTuple):
+    """What was seen so far."""
+
+    lengths: tuple[int, ...]  # numbers of drafts that may be wanted, from 0 on
+    seconds: tuple[tuple[float, ...], ...]  # measured steps, for each of the lengths
+    right: tuple[float, ...]  # weight of right drafts, by place
+    tried: tuple[float, ...]  # weight of those whose predecessors all were right
+    steps: int = 0  # since the measurement began
+
+
+def start(most: int) -> Pace:
+    """Nothing seen; at most `most` drafts (>= 1): 0, the powers of two below, and all of them."""
+    powers = [1 << i for i in range(most.bit_length()) if 1 << i < most]
+    lengths = (0, *powers, most)
+    return Pace(lengths, ((),) * len(lengths), (0.0,) * most, (0.0,) * most)
+
+
+def wanted(pace: Pace) -> tuple[int, bool]:
+    """(drafts of the next step, whether its time shall be measured: dispatched alone and waited for)."""
+    for length, seconds in zip(pace.lengths, pace.seconds, strict=True):
+        if len(seconds) < RUNS:
+            return length, True
+    return max(pace.lengths, key=lambda length: (rate(pace, length), -length)), False
+
+
+def rate(pace: Pace, length: int) -> float:
+    """Tokens per second and row with so many drafts, as far as is known."""
+    cost = min(pace.seconds[pace.lengths.index(length)])
+    return expected(pace, length) / max(cost, 1e-9)
+
+
+def expected(pace: Pace, length: int) -> float:
+    """Tokens per step and row."""
+    tokens = every = 1.0
+    for share in shares(pace)[:length]:
+        every *= share
+        tokens += every
+    return tokens
+
+
+def shares(pace: Pace) -> tuple[float, ...]:
+    """a_k by place k = 1.., from one half on where nothing was seen."""
+    return tuple((r + 0.5) / (t + 1.0) for r, t in zip(pace.right, pace.tried, strict=True))
+
+
+def seen(pace: Pace, length: int, counts: list[int], seconds: float | None = None) -> Pace:
+    """After a step with `length` drafts.
+
+    Args: counts: tokens that each row got, 1..length + 1. seconds: its time if it was measured.
+    """
+    times = pace.seconds
+    if pace.steps >= RENEW:
+        times, pace = ((),) * len(times), pace._replace(steps=0)
+    if seconds is not None:
+        place = pace.lengths.index(length)
+        times = (*times[:place], (*times[place], seconds), *times[place + 1 :])
+    right, tried = list(pace.right), list(pace.tried)
+    for k in range(length):
+        reached = sum(count > k for count in counts)
+        if reached:
+            right[k] += sum(count > k + 1 for count in counts) - FORGET * right[k]
+            tried[k] += reached - FORGET * tried[k]
+    return pace._replace(seconds=times, right=tuple(right), tried=tuple(tried), steps=pace.steps + 1)
+
+
+def line(pace: Pace) -> str:
+    """The acceptance for people; "" if nothing was drafted."""
+    if not any(pace.tried):
+        return ""
+    found = [f"{100 * share:.0f}%" for share, tried in zip(shares(pace), pace.tried, strict=True) if tried]
+    length, measuring = wanted(pace)
+    now = "" if measuring or length else "; none are drafted any more: plain steps are faster here"
+    most = max(length, 1) if not measuring else len(found)
+    return (
+        f"{', '.join(found)} of the drafts came true (first place first), "
+        f"{expected(pace, most):.2f} tokens per step with {most}{now}"
+    )
