@@ -1,10 +1,14 @@
 """The page in a browser (headless Chromium): send, stream, stop, error, injection, keyboard, narrow screens.
 
-With NANOCHAT_JAX_SCREENSHOT=<file> a picture of the page is saved.
+With NANOCHAT_JAX_RUN=<workdir> of a run that has learned to answer, the page talks to that run, too, and with
+NANOCHAT_JAX_SCREENSHOT=<file> a picture of this talk is saved.
 """
 # ruff: noqa: E402 (without a browser the file is skipped before it imports more)
 
 import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -160,10 +164,35 @@ def test_code_and_narrow_screens(page):
     page.click("summary")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.get_attribute("#list", "aria-live") == "polite"
-    if path := os.environ.get("NANOCHAT_JAX_SCREENSHOT"):
-        page.click("summary")
-        page.set_viewport_size({"width": 720, "height": 560})
-        page.screenshot(path=path)
+
+
+@pytest.mark.skipif("NANOCHAT_JAX_RUN" not in os.environ, reason="NANOCHAT_JAX_RUN names no run")
+def test_a_trained_run_answers(browser, child_env):
+    """The command of the README, a browser, two questions; the likeliest answers are the same each time."""
+    words = ["serve", f"--workdir={os.environ['NANOCHAT_JAX_RUN']}", "--port=0"]
+    command = [sys.executable, "-m", f"nanochat_jax.{words[0]}", *words[1:]]
+    with subprocess.Popen(command, env=child_env, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())[0]
+            context = browser.new_context(viewport={"width": 720, "height": 560})
+            page = context.new_page()
+            page.set_default_timeout(120_000)
+            page.goto(address)
+            page.click("summary")
+            page.fill("#temperature", "0")
+            page.click("summary")
+            for question in ("Who are you?", "What is ownership?"):
+                page.fill("#input", question)
+                page.keyboard.press("Enter")
+                sync_api.expect(page.locator("#send")).to_be_enabled(timeout=120_000)
+                assert len(last(page).text_content()) > 10
+            assert page.locator(".turn.error").count() == 0
+            if path := os.environ.get("NANOCHAT_JAX_SCREENSHOT"):
+                page.screenshot(path=path)
+            context.close()
+        finally:
+            server.terminate()
+        assert server.wait(60) == 0
 
 
 def test_settings_are_sent(page):
