@@ -20,9 +20,10 @@ def run(child_env, *arguments):
     ("arguments", "message"),
     [
         (["optimizer"], "Did you mean 'optimizers'?"),
-        ([], "known: ablate, data, kernels, optimizers, telemetry, throughput"),
+        ([], "known: ablate, data, inference, kernels, optimizers, telemetry, throughput"),
         (["throughput"], "--config is missing"),
         (["optimizers", "--trees=tinny"], "no tree 'tinny'. Did you mean 'tiny'?"),
+        (["inference"], "--workdir is missing"),
         (["kernels", "--write"], "--write needs a GPU to measure, this is cpu"),
     ],
 )

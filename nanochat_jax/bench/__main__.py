@@ -15,6 +15,8 @@ FLAGS = {
     "seeds": cli.Flag("", "ablate, data: only these, e.g. 0,1"),
     "arms": cli.Flag("", "ablate: only these arms, or chains of arms, e.g. muon,adamw"),
     "report": cli.Flag(False, "ablate: train nothing, only write the report"),
+    "peer_python": cli.Flag("", "inference: interpreter with torch and transformers to compare with"),
+    "tokens": cli.Flag(64, "inference: tokens of each answer"),
     "write": cli.Flag(False, "kernels: search tile sizes and store them in the table"),
 }
 # kind -> does it need --config
@@ -25,11 +27,13 @@ KINDS = {
     "telemetry": True,
     "kernels": False,
     "data": False,
+    "inference": False,
 }
 
 
 def main(kind: str, cfg: Config, call: cli.Invocation) -> int:
     """Run one benchmark; print its record or the text for people. Status: the record's, else 0."""
+    cfg = cli.trained(call)[1] if kind == "inference" else cfg
     cli.setup_runtime(cfg)
     from nanochat_jax.bench import commands
 

@@ -10,6 +10,7 @@ import jax
 from nanochat_jax.bench import ablate as ablation
 from nanochat_jax.bench import ablate_report as report
 from nanochat_jax.bench import data as loaders
+from nanochat_jax.bench import inference as answers
 from nanochat_jax.bench import kernels as products
 from nanochat_jax.bench import optimizers as memory
 from nanochat_jax.bench import telemetry as watching
@@ -50,12 +51,19 @@ def data(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
     return record, loaders.table(record)
 
 
+def inference(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
+    """Speed of a run's answers. Flags: workdir, peer_python, blocks (repeats), tokens."""
+    record = answers.inference(cfg, Path(flags.workdir), flags.peer_python, flags.blocks, flags.tokens)
+    return record, answers.table(record)
+
+
 COMMANDS = {
     "throughput": throughput,
     "optimizers": optimizers,
     "telemetry": telemetry,
     "kernels": kernels,
     "data": data,
+    "inference": inference,
 }
 
 
