@@ -31,7 +31,8 @@ E2M1, LEVELS = (
 class Operation:
     """make: (generator, size) -> arguments. run: (implementation, *arguments) -> result. check: (arguments,
     result) raises ValueError. sizes: (checked, timed on a CPU, timed on GPUs). impls: that off and on GPUs
-    are checked. moved: size -> bytes of one pass; None for products, whose plain form is `baseline`."""
+    are checked. moved: size -> bytes of one pass; None for products, whose plain form is `baseline`.
+    in_place: the second result takes the place of the second argument, as in a train step."""
 
     name: str
     make: Callable[..., tuple]
@@ -41,6 +42,7 @@ class Operation:
     impls: tuple[tuple[str, ...], tuple[str, ...]] = (("reference", "interpret"), ("reference", "pallas"))
     moved: Callable[[tuple], float] | None = None
     baseline: Callable[..., Any] | None = None
+    in_place: bool = False
 
 
 def wrong(what: str) -> None:
@@ -231,6 +233,7 @@ def _moments(name: str) -> Operation:
         check,
         ((8, 256), (512, 512), ((8192, 8192), (32, 1024, 4096))),
         moved=lambda size: float(np.prod(size)) * (4 + 4 + 2 * len(codes) * (1 + 4 / BLOCK)),
+        in_place=True,
     )
 
 
@@ -313,6 +316,21 @@ def checked(operation: Operation, seed: int) -> dict[str, str]:
     return found
 
 
+def _program(operation: Operation, impl: str, arguments: tuple) -> Callable[[], Any]:
+    """One call after another; in place, each works on what the one before left."""
+    donated = (1,) if operation.in_place else ()
+    run = jax.jit(lambda *given: operation.run(impl, *given), donate_argnums=donated)
+    given = list(jax.tree.map(jnp.copy, arguments) if operation.in_place else arguments)
+
+    def program() -> Any:
+        result = run(*given)
+        if operation.in_place:
+            given[1] = result[1]
+        return result
+
+    return program
+
+
 def measured(operation: Operation, size: tuple, gbps: float, repeats: int, timer: Timer) -> dict[str, Any]:
     """Microseconds by implementation, with the share of the bandwidth or the ratio to bfloat16."""
     arguments = operation.make(np.random.default_rng(0), size)
@@ -321,14 +339,14 @@ def measured(operation: Operation, size: tuple, gbps: float, repeats: int, timer
     for impl in operation.impls[on_gpu]:
         if impl == "interpret":
             continue
-        run = jax.jit(lambda *given, impl=impl: operation.run(impl, *given))
+        program = _program(operation, impl, arguments)
         try:
-            jax.block_until_ready(run(*arguments))
+            jax.block_until_ready(program())
         except Exception as error:  # a kernel that the compiler or the card cannot take is no candidate
             reason = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
             refused[impl] = f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
             continue
-        programs[impl] = lambda run=run: run(*arguments)
+        programs[impl] = program
     if operation.baseline is not None:
         plain, given = operation.baseline(*arguments)
         plain = jax.jit(plain)

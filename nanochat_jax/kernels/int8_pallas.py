@@ -36,7 +36,10 @@ def update(rule, grad, stored, codes, numbers, salts, interpret: bool = False):
     operands, specs = [grad], [lines]
     if numbers:
         operands, specs = [*operands, jnp.stack(numbers).astype(jnp.float32)], [*specs, whole(len(numbers))]
+    # The new codes may take the place of the old ones: a program reads its blocks before it writes them.
+    places: dict[int, int] = {}
     for (values, scales), code, salt in zip(stored, codes, salts, strict=True):
+        places |= {len(operands) + i: 1 + len(places) + i for i in range(2)}
         operands, specs = [*operands, values, scales], [*specs, lines, each]
         if code != "linear":
             operands, specs = [*operands, jnp.asarray(int8.LEVELS[code])], [*specs, whole(256)]
@@ -52,6 +55,7 @@ def update(rule, grad, stored, codes, numbers, salts, interpret: bool = False):
         grid=(B // rows,),
         in_specs=specs,
         out_specs=[lines] + [lines, each] * len(codes),
+        input_output_aliases=places,
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
     )(*operands)  # fmt: skip
