@@ -91,11 +91,11 @@ def _slide(tail: Tail, length_B, hidden_BTD, tokens_BT, count_B) -> Tail:
         long = jax.lax.dynamic_update_slice_in_dim(long, new.astype(old.dtype), at, 0)
         return jax.lax.dynamic_slice_in_dim(long, shift, W, 0)
 
-    moved = [
+    hidden, tokens = (
         jax.vmap(one)(old, new, length_B - tail.start, first - tail.start)
         for old, new in ((tail.hidden, hidden_BTD), (tail.tokens, tokens_BT))
-    ]
-    return Tail(*moved, first)
+    )
+    return Tail(hidden, tokens, first)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

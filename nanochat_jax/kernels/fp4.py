@@ -311,8 +311,8 @@ def _dot_reference(a: Blocks, b: Blocks, name: str) -> jax.Array:
 
 def _dot_pallas(a: Blocks, b: Blocks, name: str, interpret: bool = False) -> jax.Array:
     kernel = _kernels(interpret)
-    bits = [(operand.codes, jax.lax.bitcast_convert_type(operand.scales, jnp.uint8)) for operand in (a, b)]
-    return kernel.dot(*bits, name, interpret)
+    x, y = ((o.codes, jax.lax.bitcast_convert_type(o.scales, jnp.uint8)) for o in (a, b))
+    return kernel.dot(x, y, name, interpret)
 
 
 DOT: dict[str, Callable[..., Any]] = {
@@ -375,8 +375,12 @@ def _shown(run: Callable[..., Any], v: jax.Array, name: str, key: Key | None, re
 
 def _same_bits(x: jax.Array, y: jax.Array) -> bool:
     """Equal bytes; one NaN is as good as another."""
-    x, y = (np.asarray(a) for a in (x, y))
-    if x.dtype != np.uint8:
-        x, y = (a.astype(np.float32) for a in (x, y))
-        x, y = (np.where(np.isnan(a), np.float32(np.nan), a) for a in (x, y))
-    return x.tobytes() == y.tobytes()
+
+    def seen(a: jax.Array) -> bytes:
+        made = np.asarray(a)
+        if made.dtype == np.uint8:
+            return made.tobytes()
+        wide = made.astype(np.float32)
+        return np.where(np.isnan(wide), np.float32(np.nan), wide).tobytes()
+
+    return seen(x) == seen(y)

@@ -165,7 +165,8 @@ Stored = tuple[jax.Array, jax.Array]  # codes [..., n], scales [..., ceil(n / bl
 
 
 def _reference(rule, grad, stored, codes, numbers, block, keys):
-    moments = tuple(dequantize(*pair, block, code) for pair, code in zip(stored, codes, strict=True))
+    pairs = zip(stored, codes, strict=True)
+    moments = tuple(dequantize(values, scales, block, code) for (values, scales), code in pairs)
     direction, moments = rule(grad.astype(jnp.float32), moments, tuple(numbers))
     return direction, tuple(
         quantize(moment, block, code, key, scales.dtype)

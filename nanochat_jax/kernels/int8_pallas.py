@@ -65,7 +65,7 @@ def update(rule, grad, stored, codes, numbers, salts, interpret: bool = False):
 def _update(*refs, rule, codes, noisy, numbers, interpret):
     refs = iter(refs)
     grad = next(refs)[...].astype(jnp.float32)
-    numbers_ref = next(refs) if numbers else None
+    numbers_ref = next(refs) if numbers else []
     moments, salts, dtypes = [], [], []
     for code, noise in zip(codes, noisy, strict=True):
         values, scales_ref = next(refs)[...], next(refs)

@@ -1,6 +1,5 @@
 """Attention to a cache that is only read: both implementations against float64, and what must not matter."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
