@@ -63,7 +63,7 @@ class Fp4Config:
     signs: str = "fixed"  # random signs before the rotation: none | fixed | random (anew in every step)
     operands: str = "both"  # gradient = x and w stay in full precision | both
     products: str = "both"  # which products are in FP4: dgrad (dx) | wgrad (dw) | both
-    impl: str = "auto"  # of rounding: auto | pallas (GPU) | reference (plain XLA); all give the same bits
+    impl: str = "auto"  # of rounding: auto | pallas (GPU, one pass) | reference (plain XLA)
     outside: str = "full"  # layers before and after the loops (the first and last ones): full | same
     outliers: float = 0.01  # fp4_rows: share of each token's inputs that keep full precision; 0 = none
     estimator: float = 5.0  # fp4_rows: root of the weights' gradient estimator; 1 = straight-through

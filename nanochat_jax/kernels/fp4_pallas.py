@@ -2,7 +2,7 @@
 
 `quantize` reads a value once: a program holds whole blocks, takes their maxima, rounds, and writes
 packed codes and scales, or the levels times their scales in bfloat16, which is what a product on
-hardware without FP4 units multiplies. It gives the bits of `kernels.fp4`'s reference: it divides (and
+hardware without FP4 units multiplies. It gives the bits of the formats' definition: it divides exactly (and
 does not multiply by a reciprocal), and rounds to nearest by comparing with the middles between levels.
 
 `dot` unpacks tiles of both operands to bfloat16, exactly, and multiplies on the tensor cores; even and

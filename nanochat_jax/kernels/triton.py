@@ -1,7 +1,7 @@
 """What the Pallas kernels share, in the subset that lowers through Triton and runs in interpret mode.
 
 Two traps of that lowering: its maximum and minimum drop NaN, see `kernels.magnitude`; and its division is
-an approximation, so where bits must equal those of plain XLA, `divide` asks for the exact instruction.
+an approximation, so where bits must be those of a definition, `divide` asks for the exact instruction.
 """
 
 import jax

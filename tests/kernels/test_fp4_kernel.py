@@ -186,7 +186,7 @@ def test_the_check_of_the_probe(monkeypatch):
         patch.setattr(fp4, "_dot_pallas", lambda *operands: 1.001 * fp4._dot_reference(*operands))
         fp4.check_on_device()
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="wrong values of nvfp4"):
-        patch.setattr(fp4, "_dequantize_pallas", lambda *a: fp4._dequantize_reference(*a) + 1e-6)
+        patch.setattr(fp4, "_dequantize_pallas", lambda *a: fp4._dequantize_reference(*a) * 1.001)
         fp4.check_on_device()
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="wrong packed in nvfp4, nearest"):
         patch.setattr(fp4, "_pallas", lambda v, *rest: fp4._reference(1.01 * v, *rest))
