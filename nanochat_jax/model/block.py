@@ -89,7 +89,8 @@ def attention(
             q, keys, values, q_index, k_index, q_segment, k_segment, window=window, aligned=kv is None
         )
     else:
-        y = cached.attend(q, k, v, *kv, context["length"], window=window)
+        keys, values, number = kv
+        y = cached.attend(q, k, v, keys, values, number, context["length"], window=window)
     y = y.reshape(B, L, -1)
     if cfg.sub_norm:
         y = rms_norm(y, p.get("sub_norm"), cfg.norm_eps)
