@@ -76,6 +76,7 @@ def test_the_text_is_the_plain_one(kind, temperature):
     assert temperature == 0 or len(set(want)) > 2
 
 
+@pytest.mark.slow
 @some_kinds
 def test_controls_and_lengths(kind):
     for most in (1, 2, 5):
@@ -242,6 +243,7 @@ def requests_of(count, **changes):
     ]
 
 
+@pytest.mark.slow
 @some_kinds
 def test_served_texts_are_the_plain_ones(kind):
     """Rows that advance differently, prompts in pieces, slots used again, penalties, stop ids."""
