@@ -23,7 +23,7 @@ from nanochat_jax import checkpoint
 # Every start costs five seconds; the fast suite kills by --verify_resume (test_system).
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 EVERY = 5  # steps from one checkpoint to the next
-WAIT = 300  # seconds; the machine may be busy with other things
+WAIT = 900  # seconds; the machine may be busy with other things
 MOMENTS = ("step", "save", "start")
 
 
@@ -77,12 +77,11 @@ class Runs:
         before, ckpt = checkpoint.latest_step(home / "ckpt"), home / "ckpt"
         child, log = self.start(home)
         began = time.monotonic()
-        wanted = (before or 0) + rng.randint(1, 2 * EVERY)
+        # Of several saves, or the run would for ever be killed in the first one after its start.
+        wanted = (before or 0) + rng.randint(1, 4 * EVERY)
 
         def reached() -> bool:
-            if aim == "save":
-                return any(ckpt.glob("*.orbax-checkpoint-tmp*")) and printed(log) > (before or 0)
-            return printed(log) >= wanted
+            return printed(log) >= wanted and (aim == "step" or any(ckpt.glob("*.orbax-checkpoint-tmp*")))
 
         if aim == "start":
             time.sleep(rng.uniform(0, self.begins))
@@ -91,7 +90,7 @@ class Runs:
                 assert child.poll() is None and time.monotonic() < began + WAIT, log.read_text()
                 time.sleep(0.001)
             self.begins = time.monotonic() - began
-            time.sleep(rng.uniform(0, 0.1))
+            time.sleep(rng.uniform(0, 0.05))
         child.kill()
         assert child.wait() == -signal.SIGKILL, f"it ended before it was killed: {log.read_text()}"
         after = checkpoint.latest_step(ckpt)
@@ -100,7 +99,8 @@ class Runs:
         if "output:" in told:  # it found what the one before had left
             assert ("starting from scratch" if before is None else f"continuing at step {before}\n") in told
         assert before is None or (after is not None and after >= before)
-        in_save = any(ckpt.glob("*.orbax-checkpoint-tmp*"))
+        # Before its first step it may not yet have removed what the one before left.
+        in_save = printed(log) > 0 and any(ckpt.glob("*.orbax-checkpoint-tmp*"))
         return Kill(aim, printed(log), -1 if after is None else after, in_save)
 
 
@@ -147,7 +147,7 @@ def test_killed_in_a_step_in_a_save_and_while_starting(tmp_path):
 
 
 def test_killed_fifty_times(tmp_path):
-    done = killed(tmp_path, 1200, 50)
+    done = killed(tmp_path, 600, 50)
     assert sum(kill.in_save for kill in done) >= 5
 
 
@@ -166,7 +166,7 @@ def _report(done: list[Kill]) -> None:
 
 def test_a_token_file_that_is_cut_while_it_is_read(tmp_path):
     """The system ends the process; what it was at is told, and nothing that was saved is lost."""
-    runs = Runs(tmp_path, 400)
+    runs = Runs(tmp_path, 100)
     runs.finish(tmp_path / "alone")
     shard = next((tmp_path / "home").rglob("train.bin"))
     child, log = runs.start(tmp_path / "run")
