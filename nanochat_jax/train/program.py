@@ -1,6 +1,6 @@
 """A whole run, composed from its parts: config -> shapes -> layout -> restore or init -> loop.
 
-With the `__main__` files, the only place that holds the whole Config.
+With the `__main__` files and words.py, the only place that holds the whole Config.
 """
 
 import contextlib
@@ -25,14 +25,13 @@ from nanochat_jax.data import mixture, pipeline, shards
 from nanochat_jax.evals import loss as eval_loss
 from nanochat_jax.inference import engine, load
 from nanochat_jax.model import collider, flops, transformer
-from nanochat_jax.model import loop as model_loop
 from nanochat_jax.quant import project as projections
 from nanochat_jax.quant import ternary
 from nanochat_jax.telemetry import anomaly, goodput, logs, manifest
-from nanochat_jax.telemetry.console import Progress, duration, si
+from nanochat_jax.telemetry.console import Progress, si
 from nanochat_jax.telemetry.trace import Exporter, SpanFile, Trace
 from nanochat_jax.telemetry.writers import Multi, open_writers
-from nanochat_jax.train import hooks, loop, replicas, watchdog, workdir
+from nanochat_jax.train import hooks, loop, replicas, watchdog, words, workdir
 from nanochat_jax.train import step as steps
 from nanochat_jax.types import TrainState
 
@@ -266,7 +265,7 @@ def _train(
         if main:
             manifest.write(home, cfg, facts)
             corpus.tokenizer.save(home / "tokenizer.json")
-        _banner(cfg, home, corpus, progress, origin, device)
+        progress.print(words.opening(cfg, home, corpus, origin))
         span = trace.begin("run", run=cfg.name, first_step=first)
         writers = open_writers(cfg.log, home, first, cfg.name, trace.ids) if main else Multi([])
         stack.callback(writers.close)
@@ -362,7 +361,7 @@ def _train(
     if reason:
         progress.print(f"stopped at step {done}: {reason}\nthe same command continues this run")
         return 130 if reason == "interrupted" else 1
-    _farewell(cfg, home, progress, scores, done - first, took)
+    progress.print(words.closing(cfg, home, scores, done - first, took))
     return 0
 
 
@@ -454,55 +453,3 @@ def _sampler(
         return cfg.eval.prompt + "\n" * bool(stops) + "".join(load.pieces(words, said))
 
     return text
-
-
-def _banner(
-    cfg: Config, home: Path, corpus: mixture.Mixture | shards.Corpus, progress: Progress, origin: str, device
-) -> None:
-    dtype = transformer.compute_dtype(cfg.model).name
-    total = params_lib.count(transformer.param_specs(cfg.model))
-    low = projections.from_config(cfg.model).low_text()
-    several = f" of {processes.count()} processes" if processes.count() > 1 else ""
-    progress.print(
-        f"device: {len(jax.devices())} x {device.device_kind} ({device.platform}){several}, computing in {dtype}\n"
-        f"model:  {si(total)} parameters, {model_loop.layers_text(cfg.model)}, "
-        f"{cfg.model.quant} matrices{f' ({low})' if low else ''}\n"
-        f"{_data_lines(cfg, corpus)}\n"
-        f"output: {home}; {origin}"
-    )
-
-
-def _data_lines(cfg: Config, corpus: mixture.Mixture | shards.Corpus) -> str:
-    """What each part of the data holds, and how often the run sees it."""
-    lines = []
-    for part in mixture.parts_of(corpus):
-        tokens = {split: si(count["tokens"]) for split, count in part.corpus.manifest["counts"].items()}
-        epochs = cfg.train.steps * part.weight / pipeline.epoch_steps(cfg.data, part.corpus)
-        what = f"{part.name} ({100 * part.weight:.0f}%)" if part.name else cfg.data.source
-        lines.append(
-            f"data:   {what}: {tokens['train']} tokens to train on, {tokens['val']} held out; "
-            f"this run sees {epochs:.2f} epochs"
-        )
-        if cfg.data.kind == "chat":
-            lines.append(f"        {pipeline.whole_text(cfg.data, part.corpus)}")
-    return "\n".join(lines)
-
-
-def _farewell(cfg: Config, home: Path, progress: Progress, scores: dict, count: int, took: float) -> None:
-    tokens = count * cfg.data.batch * cfg.data.seq_len
-    speed = f"{si(tokens / took)} tokens/s over all, " if count else ""
-    first = (
-        f'  python -m nanochat_jax.inference --workdir={home} --prompt="{cfg.eval.prompt}" --max_tokens=200\n'
-        f"  python -m nanochat_jax.train --config=sft_tiny:base={home}  # to chat with it afterwards\n"
-    ) * (cfg.data.kind == "text")
-    progress.print(
-        f"done in {duration(took)}: {scores['eval/bpb']:.4f} bits per byte held out, "
-        f"{scores['eval/loss']:.4f} nats per token, {speed}"
-        f"peak memory {hooks.memory_gib():.1f} GiB\n\nnext:\n"
-        f"{first}"
-        f"  python -m nanochat_jax.inference --workdir={home} --chat\n"
-        f"  python -m nanochat_jax.serve --workdir={home}\n"
-        f"  tensorboard --logdir={home / 'tb'}\n"
-        f"  python -m nanochat_jax.train --config={home / 'config.json'} --workdir={home} "
-        f"--config.train.steps={2 * cfg.train.steps} --config.opt.schedule.rewarm_steps=50"
-    )
