@@ -1,4 +1,4 @@
-"""The train command killed at random moments, and on file systems that fail it; see docs/faults.md.
+"""The train command killed at random moments, and on a read-only file system; see docs/faults.md.
 
 `KILLED_REPORT=<file>` writes what the fifty kills cost.
 """
@@ -164,28 +164,6 @@ def _report(done: list[Kill]) -> None:
         Path(report).write_text(json.dumps(facts, indent=1))
 
 
-def test_a_token_file_that_is_cut_while_it_is_read(tmp_path):
-    """The system ends the process; what it was at is told, and nothing that was saved is lost."""
-    runs = Runs(tmp_path, 100)
-    runs.finish(tmp_path / "alone")
-    shard = next((tmp_path / "home").rglob("train.bin"))
-    child, log = runs.start(tmp_path / "run")
-    while printed(log) < 2 * EVERY:
-        assert child.poll() is None, log.read_text()
-        time.sleep(0.01)
-    os.truncate(shard, 0)
-    assert child.wait(WAIT) == -signal.SIGBUS
-    assert "Fatal Python error: Bus error" in log.read_text() and "packing.py" in log.read_text()
-    child, log = runs.start(tmp_path / "run")
-    assert child.wait(WAIT) == 1
-    last = log.read_text().splitlines()[-1]
-    assert last.startswith(f"error: {shard}: expected ") and last.endswith("to prepare it again")
-    shutil.rmtree(shard.parent)
-    assert "continuing at step" in runs.finish(tmp_path / "run")
-    one, other = (json.loads((tmp_path / h / "result.json").read_text()) for h in ("alone", "run"))
-    assert one["state_sha256"] == other["state_sha256"]
-
-
 def mounted(script: str, *words: str, env=None) -> subprocess.CompletedProcess:
     """Run a shell script in a mount namespace of its own; skips where that is not allowed."""
     isolated = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
@@ -194,29 +172,6 @@ def mounted(script: str, *words: str, env=None) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*isolated, "sh", "-c", script, "sh", *words], env=env, capture_output=True, text=True
     )
-
-
-def test_a_file_system_without_space(tmp_path):
-    """Everything fails to be written at some time: checkpoints, metrics, spans, TensorBoard, the result."""
-    runs = Runs(tmp_path, 40)
-    runs.finish(tmp_path / "alone")
-    place, kept = tmp_path / "disk", tmp_path / "kept"
-    place.mkdir()
-    script = (
-        'place=$1; kept=$2; size=$3; shift 3; mount -t tmpfs -o size=$size tmpfs "$place" && '
-        '"$@"; status=$?; cp -a "$place/." "$kept"; exit $status'
-    )
-    kept.mkdir()
-    words = runs.command(place / "run")
-    got = mounted(script, str(place), str(kept), "5m", *words, env=runs.env)
-    assert got.returncode == 1, got.stderr
-    last = got.stderr.splitlines()[-1]
-    assert last.startswith(f"error: saving step {runs.steps} in ") and "No space left on device" in last
-    step = checkpoint.latest_step(kept / "run" / "ckpt")
-    assert step is not None and f"the checkpoint of step {step} is intact" in last
-    assert f"continuing at step {step}" in runs.finish(kept / "run")
-    one, other = (json.loads((h / "result.json").read_text()) for h in (tmp_path / "alone", kept / "run"))
-    assert one["state_sha256"] == other["state_sha256"]
 
 
 def test_a_file_system_that_is_read_only(tmp_path):
