@@ -558,7 +558,12 @@ def test_selecting_by_the_own_loss_warns():
         resolve(with_(model__filter={"keep": 0.5, "score": "loss"}))
 
 
-@pytest.mark.parametrize("name", sorted(cli._configs()))
+LARGE = ("auto", "config_a", "config_b", "config_c", "nano_125m")  # traced in the slow job
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in sorted(cli._configs())]
+)
 def test_every_config_file_resolves_and_traces(name):
     from nanochat_jax.train import program
 

@@ -17,8 +17,8 @@ QK_NORMS = ("none", "before_rope", "after_rope")
 REMAT = ("none", "dots", "block")
 FP4_BLOCK = {"nvfp4": 16, "mxfp4": 32}  # elements that share a scale
 QUANT_PRESETS = (
-    "full", "ternary", "nvfp4", "mxfp4", "nvfp4_grad", "mxfp4_grad", "ternary_nvfp4", "ternary_mxfp4",
-    "ternary_int8", "fp8", "fp4_rows", "fp8_nvfp4",
+    "full", "ternary", "ternary_int8", "nvfp4", "mxfp4", "nvfp4_grad", "mxfp4_grad", "ternary_nvfp4",
+    "ternary_mxfp4", "fp8", "fp4_rows", "fp8_nvfp4",
 )  # fmt: skip
 
 

@@ -156,6 +156,7 @@ def test_a_real_corpus(tmp_path):
     assert 2.0 < size / made.train.count < 5.0 and made.tokenizer.vocab_size == 1024
 
 
+@pytest.mark.slow
 def test_large_vocabularies_take_32_bits(tree, tmp_path):
     parsed = json.loads(tokenizers.byte_tokenizer().definition)
     entry, first = parsed["added_tokens"][0], tokenizers.byte_tokenizer().vocab_size

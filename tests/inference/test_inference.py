@@ -47,8 +47,8 @@ def full_argmax(cfg, params, ids):
     return np.asarray(run(params)).tolist()
 
 
-@pytest.mark.parametrize("block", ["modern", "portable"])
-@pytest.mark.parametrize("prompt", [[5], list(range(1, 38))])
+@pytest.mark.parametrize("block", ["modern", pytest.param("portable", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prompt", [pytest.param([5], marks=pytest.mark.slow), list(range(1, 38))])
 def test_greedy_equals_the_argmax_of_the_full_forward(block, prompt):
     cfg = dataclasses.replace(CFG, **BLOCKS[block])
     params = params_of(cfg)

@@ -65,7 +65,7 @@ def texts(kind, prompt, seed, **changes):
 
 
 @some_kinds
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_the_text_is_the_plain_one(kind, temperature):
     found = 0.0
     for seed, prompt in enumerate(([3], [1, 2, 3, 4, 5], list(range(6)) * 6)):

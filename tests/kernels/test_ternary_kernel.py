@@ -203,6 +203,7 @@ def test_probe_verdicts():
     assert "-6" in dispatch.probe("os:abort") or "134" in dispatch.probe("os:abort")
 
 
+@pytest.mark.slow
 def test_the_check_of_the_probe(monkeypatch):
     """It passes on the kernel's own code, and fails when a weight or a scale is wrong."""
     monkeypatch.setattr(ternary, "_pallas", ternary.IMPLS["interpret"])

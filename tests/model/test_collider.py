@@ -147,7 +147,8 @@ def test_the_gradient_is_that_of_the_stated_objective(form, key, monkeypatch):
         assert 0.5 < cosine < 0.9999
 
 
-@pytest.mark.parametrize("kind", [pytest.param("chained", marks=pytest.mark.slow), "parallel"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["chained", "parallel"])
 def test_further_tokens_are_learned_from_kept_ones(kind, key, monkeypatch):
     """Dropped tokens are constants for the layers behind the trunk, and their targets have no weight."""
     terms = (("next_token", 1.0), ("mtp", 0.3))

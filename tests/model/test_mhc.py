@@ -367,7 +367,8 @@ def final_streams(cfg, params, batch, monkeypatch):
         return np.asarray(run(params)[0])
 
 
-@pytest.mark.parametrize("broken", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [True, False])
 def test_streams_differ_because_the_start_breaks_their_symmetry(broken, monkeypatch):
     """With equal biases and no projection the streams stay copies for ever: what the start must prevent."""
     cfg = streams("sinkhorn")

@@ -222,6 +222,7 @@ def test_what_is_not_valid_has_no_influence(key):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_depth_zero_is_absence(key):
     """No weights, no work on the batch; and the trunk's initial values and loss do not see the depth."""
     batch = packed()

@@ -229,7 +229,7 @@ def test_sizes_that_blocks_do_not_divide_name_the_role():
     with pytest.raises(ValueError, match="'attn/k' has a weight of 24 x 48, and mxfp4 needs multiples of 32"):
         Project(((".*", Precision(grad="mxfp4")),)).several(("attn/k",), x, (jnp.ones((24, 48)),))
     with pytest.raises(
-        ValueError, match="precision slot 'grad': unknown format 'fp4'; known: full, fp8, nvfp4, mxfp4"
+        ValueError, match="precision slot 'grad': unknown format 'fp4'; known: full, fp8, int8, nvfp4, mxfp4"
     ):
         Precision(grad="fp4")
 
@@ -306,6 +306,7 @@ def batch_of(cfg, B=2, L=16):
     return Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones((B, L)), ones, positions)
 
 
+@pytest.mark.slow
 def test_training_in_nvfp4_lowers_the_loss(tiny, key):
     cfg = dataclasses.replace(tiny, layers=1, mlp="relu2", quant="nvfp4")
     loss_fn = losses.make_loss(cfg, (("next_token", 1.0),))

@@ -90,10 +90,8 @@ def test_only_the_named_matrices_are_packed():
     assert sum(map(leaf, jax.tree.leaves(packed, is_leaf=leaf))) == 6  # this block has no gate
 
 
-@pytest.mark.parametrize(
-    ("block", "impl"),
-    [("modern", "auto"), pytest.param("portable", "interpret", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "impl"), [("modern", "auto"), ("portable", "interpret")])
 def test_greedy_generation_is_unchanged(block, impl):
     cfg = dataclasses.replace(CFG, layers=2 if impl == "auto" else 1, **BLOCKS[block])
     params = params_of(cfg)
