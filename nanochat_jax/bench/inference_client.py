@@ -16,7 +16,7 @@ def stream(port: int, body: dict) -> None:
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     text = answer.read()
-    if answer.status != 200 or b"data: [DONE]" not in text or b'"error"' in text:
+    if answer.status != 200 or b"data: [DONE]" not in text or b'data: {"error"' in text:
         raise RuntimeError(f"status {answer.status}: {text[-300:]!r}")
     connection.close()
 
