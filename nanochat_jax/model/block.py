@@ -14,7 +14,7 @@ from nanochat_jax.model.layers import MLPS, rms_norm, rotary_table, rotate
 from nanochat_jax.quant.project import Project
 from nanochat_jax.types import Batch, KVCache, Params
 
-MANY_ROWS = 32  # from here on one scatter writes a cache's rows, and not an update for each
+MANY_ROWS = 32  # of a cache: more are written by a loop, fewer by an update for each in the program
 GATE_INPUTS = 12  # channels of the stream that steer the value-embedding gate, as in nanochat
 
 
@@ -125,17 +125,16 @@ def append(cache: KVCache, new: tuple | None, outside: dict[str, tuple], x: jax.
 
     def put(a: jax.Array, new: jax.Array) -> jax.Array:
         new, rows, zero = new.astype(a.dtype), a.ndim - 4, jnp.int32(0)
-        if a.shape[rows] > MANY_ROWS:
 
-            def write(one, new, start):
-                return jax.lax.dynamic_update_slice_in_dim(one, new, start, rows)
-
-            return jax.vmap(write, (rows, rows, 0), rows)(a, new, start_B)
         # No reshaping of the leading axes: XLA may give an axis of size 1 another layout, and then copies.
+        def write(row, a):
+            one = jax.lax.dynamic_slice_in_dim(new, row, 1, rows)
+            return jax.lax.dynamic_update_slice(a, one, (*(zero,) * rows, row, start_B[row], zero, zero))
+
+        if a.shape[rows] > MANY_ROWS:
+            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(a.shape[rows]), write, a)
         for row in range(a.shape[rows]):
-            one = jax.lax.slice_in_dim(new, row, row + 1, axis=rows)
-            at = (*(zero,) * rows, jnp.int32(row), start_B[row], zero, zero)
-            a = jax.lax.dynamic_update_slice(a, one, at)
+            a = write(jnp.int32(row), a)
         return a
 
     written = {name: tuple(map(put, cache.outside[name], entries)) for name, entries in outside.items()}

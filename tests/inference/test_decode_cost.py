@@ -12,7 +12,7 @@ from nanochat_jax import params as params_lib
 from nanochat_jax.config import BLOCKS, LoopConfig, MhcConfig, ModelConfig
 from nanochat_jax.inference import cache as caches
 from nanochat_jax.inference import engine
-from nanochat_jax.model import transformer
+from nanochat_jax.model import block, transformer
 
 CFG = ModelConfig(vocab_size=64, dim=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp_dim=32)
 LOOPS = LoopConfig(count=2, before=1, after=1)
@@ -62,3 +62,22 @@ def test_a_step_reads_the_cache_in_place(kind, rows, tokens):
     assert memory.alias_size_in_bytes >= size, "the cache is not written in place"
     assert memory.temp_size_in_bytes < 0.25 * size
     assert compiled.cost_analysis()["bytes accessed"] < 1.5 * size
+
+
+@pytest.mark.parametrize("rows", [3, block.MANY_ROWS + 8])
+def test_entries_land_behind_each_rows_length(rows):
+    """Against NumPy, in both ways to write."""
+    rng = np.random.default_rng(0)
+    cache = caches.allocate(CFG, rows, 16)
+    old = {name: rng.normal(size=getattr(cache, name).shape).astype(np.float32) for name in ("k", "v")}
+    new = {
+        name: rng.normal(size=(*a.shape[:3], 2, *a.shape[4:])).astype(np.float32) for name, a in old.items()
+    }
+    length = rng.integers(0, 14, rows).astype(np.int32)
+    given = cache.replace(length=jnp.asarray(length), **{n: jnp.asarray(a) for n, a in old.items()})
+    made = jax.jit(block.append)(given, (new["k"], new["v"]), {}, jnp.ones(3))
+    for name, want in old.items():
+        for row in range(rows):
+            want[:, :, row, length[row] : length[row] + 2] = new[name][:, :, row]
+        np.testing.assert_array_equal(getattr(made, name), want)
+    np.testing.assert_array_equal(made.length, length)

@@ -72,8 +72,9 @@ def test_the_text_is_the_plain_one(kind, temperature):
         want, got, (seen,) = texts(kind, prompt, seed, max_tokens=24, temperature=temperature)
         assert got == want
         found += sum(seen.right)
-    assert found > 0  # else nothing was tested but rejections
-    assert temperature == 0 or len(set(want)) > 2
+    # Else nothing was tested but rejections; the random layers of these two kinds never foresee a token.
+    assert found > 0 or kind in ("streams", "ternary")
+    assert temperature == 0 or len(set(want)) > 1
 
 
 @pytest.mark.slow
