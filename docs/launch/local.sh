@@ -1,6 +1,6 @@
 #!/bin/bash
 # N processes on this machine, a GPU each if there are any; on a CPU one fake device each.
-#   docs/launch/local.sh 2 --config=configs/smoke.py --workdir=/tmp/two --config.mesh.data=2
+#   docs/launch/local.sh 2 --config=configs/smoke.py --workdir=runs/two --config.mesh.data=2
 # One process per machine is simpler and as fast (it drives all GPUs); this is for trying things out.
 set -u
 count=$1

@@ -228,13 +228,17 @@ def inference(
     kinds = ["full", *(["packed"] if cfg.model.quant.startswith("ternary") else [])]
     count, loops = drafts_of(cfg)
 
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # where the server has them, too
-
     def engine(weights: str, rows: int, drafts: tuple[int, int] = (0, 0)) -> Engine:
         infer = dataclasses.replace(cfg.infer, weights=weights, impl="auto")
-        placed = jax.device_put(load.served(cfg.model, params, infer), one)
         return Engine(
-            cfg.model, placed, known, rows, capacity, 64, draft_tokens=drafts[0], draft_loops=drafts[1]
+            cfg.model,
+            load.placed(cfg.model, params, infer),
+            known,
+            rows,
+            capacity,
+            64,
+            draft_tokens=drafts[0],
+            draft_loops=drafts[1],
         )
 
     rows = []

@@ -8,7 +8,7 @@ is what happened: its journal belongs to the run.
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,12 @@ class _Rows:
 
 def _layout(tokens: Tokens, cfg: DataConfig) -> packing.Layout | None:
     """Of conversations, which stay whole; None for text, which is concatenated and cut."""
-    return packing.best_fit(tokens.offsets, cfg.seq_len) if cfg.kind == "chat" else None
+    return _fitted(tokens, cfg.seq_len) if cfg.kind == "chat" else None
+
+
+@lru_cache(maxsize=8)  # a run asks for its rows, for its epochs, and for what it says of them
+def _fitted(tokens: Tokens, seq_len: int) -> packing.Layout:
+    return packing.best_fit(tokens.offsets, seq_len)
 
 
 def _row_count(tokens: Tokens, cfg: DataConfig, layout: packing.Layout | None) -> int:
@@ -284,7 +289,7 @@ def whole_text(cfg: DataConfig, corpus: Corpus) -> str:
     """How the training conversations of a corpus fit into rows: what is cut off, and what is padding."""
     tokens = corpus.train
     layout, (cut, lost) = (
-        packing.best_fit(tokens.offsets, cfg.seq_len),
+        _fitted(tokens, cfg.seq_len),
         packing.cut_off(tokens.offsets, cfg.seq_len),
     )
     documents, rows = len(layout.order), len(layout.first) - 1

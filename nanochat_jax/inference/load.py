@@ -36,6 +36,11 @@ def served(cfg: ModelConfig, params: Params, settings: InferConfig) -> Params:
     return pack.pack_params(params, roles, cfg.quant_group, settings.impl)
 
 
+def placed(cfg: ModelConfig, params: Params, settings: InferConfig) -> Params:
+    """`served`, on the first device, beside which an engine puts its slots."""
+    return jax.device_put(served(cfg, params, settings), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
 def load_engine(
     cfg: Config, workdir: Path, settings: InferConfig, slots: int
 ) -> tuple[schedule.Engine, tokenizers.Tokenizer]:
@@ -46,8 +51,7 @@ def load_engine(
             "piece needs what every loop left of the ones before"
         )
     tokenizer = tokenizers.load(workdir / "tokenizer.json")
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = jax.device_put(served(cfg.model, load_params(cfg, workdir), settings), one)
+    params = placed(cfg.model, load_params(cfg, workdir), settings)
     known = min(tokenizer.vocab_size, cfg.model.vocab_size)
     chunk = min(256, 1 << settings.capacity.bit_length() - 1)
     return schedule.Engine(

@@ -375,9 +375,10 @@ def _admit(engine: Engine, slots: State, slot: int, request: Request) -> State:
     kinds = (np.float32, np.int32, *(np.float32,) * 5)
     controls = Controls(*(kind(value) for kind, value in zip(kinds, numbers, strict=True)))
     bias = device.meaningless(engine.cfg, engine.known, request.bias)
-    own = slots.slots if isinstance(slots, speculative.State) else slots
-    own = device.admit(own, np.int32(slot), _key(request.seed), controls, seen, bias)
-    return slots._replace(slots=own) if isinstance(slots, speculative.State) else own
+    words = np.int32(slot), _key(request.seed), controls, seen, bias
+    if isinstance(slots, speculative.State):
+        return speculative.admit(slots, *words)
+    return device.admit(slots, *words)
 
 
 def _key(seed: int) -> jax.Array:

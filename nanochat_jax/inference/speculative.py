@@ -81,6 +81,13 @@ def allocate(cfg: ModelConfig, rows: int, capacity: int, loops: int) -> State:
     return State(slots.allocate(cfg, rows, capacity, future=not loops), tail)
 
 
+def admit(
+    state: State, slot: jax.Array, key: Key, controls: Controls, seen_V: jax.Array, bias_V: jax.Array
+) -> State:
+    """`slots.admit`; the tail begins with the prompt's first piece, see `fill`."""
+    return state._replace(slots=slots.admit(state.slots, slot, key, controls, seen_V, bias_V))
+
+
 def _slide(tail: Tail, length_B, hidden_BTD, tokens_BT, count_B) -> Tail:
     """The tail after `count` of T further positions, which begin at `length`."""
     W, T = tail.tokens.shape[1], tokens_BT.shape[1]
@@ -236,7 +243,7 @@ def generate(
         np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p),
         *map(np.float32, (0, 1, 0, 0)),
     )  # fmt: skip
-    state = state._replace(slots=slots.admit(state.slots, zero, key, controls, zeros > 0, zeros))
+    state = admit(state, zero, key, controls, zeros > 0, zeros)
     tokens = np.zeros(engine.bucket(len(prompt), settings.capacity), np.int32)
     tokens[: len(prompt)] = prompt
     ahead = np.zeros(cfg.mtp.depth, np.int32)

@@ -7,6 +7,7 @@ several implementations give the same bits, `fastest` times them once per proces
 """
 
 import functools
+import importlib
 import logging
 import subprocess
 import sys
@@ -81,14 +82,32 @@ def whole() -> bool:
     return not mesh.empty and all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
 
 
+def need_gpu(interpret: bool = False) -> None:
+    """Raises: NotImplementedError off GPUs, unless the kernel's own code is interpreted."""
+    if not interpret and backend() != "gpu":
+        raise NotImplementedError(f"made for GPUs, this is {backend()}")
+
+
+def pallas(name: str, interpret: bool) -> Any:
+    """The module nanochat_jax.kernels.<name>, imported where it can be used only.
+
+    Raises: NotImplementedError off GPUs (see `need_gpu`), or where jax has no Pallas for Triton, which is
+    deprecated since jax 0.11.
+    """
+    need_gpu(interpret)
+    try:
+        return importlib.import_module(f"nanochat_jax.kernels.{name}")
+    except ImportError as missing:
+        raise NotImplementedError(f"this version of jax has no Pallas for Triton: {missing}") from missing
+
+
 def refuse(check: str) -> None:
     """Say why a GPU kernel should not run in the program being traced.
 
     Args: check: of `probe`, which is asked last.
     Raises: NotImplementedError with the reason, if there is one.
     """
-    if backend() != "gpu":
-        raise NotImplementedError(f"made for GPUs, this is {backend()}")
+    need_gpu()
     if not whole():
         raise NotImplementedError(f"arrays may be split over {jax.device_count()} devices")
     if reason := probe(check):

@@ -183,7 +183,7 @@ def _pallas(v: jax.Array, name: str, key: Key | None, tiles: bool, result: str, 
     if tiles:
         raise NotImplementedError("square tiles are left to plain XLA")
     _view(v.shape, name, tiles)
-    kernel = _kernels(interpret)
+    kernel = dispatch.pallas("fp4_pallas", interpret)
     tensor = jnp.float32(1.0 if key is None else 4 / 3)
     enlarge = jnp.float32(1.0)
     if name == "nvfp4":
@@ -196,17 +196,6 @@ def _pallas(v: jax.Array, name: str, key: Key | None, tiles: bool, result: str, 
     codes, scales = (a.reshape(*v.shape[:-1], -1) for a in made)
     scales = jax.lax.bitcast_convert_type(scales, SCALE_TYPES[name])
     return Blocks(codes if result == "packed" else unpack(codes), scales, tensor)
-
-
-def _kernels(interpret: bool):
-    """The module with the kernels. Raises: NotImplementedError off GPUs, or without Pallas."""
-    if not interpret and dispatch.backend() != "gpu":
-        raise NotImplementedError(f"made for GPUs, this is {dispatch.backend()}")
-    try:
-        from nanochat_jax.kernels import fp4_pallas
-    except ImportError as error:
-        raise NotImplementedError(f"Pallas is not there: {error}") from None
-    return fp4_pallas
 
 
 def _rows(v: jax.Array) -> jax.Array:
@@ -280,7 +269,10 @@ def _dequantize_reference(packed: Blocks, name: str, dtype: Any) -> jax.Array:
 
 
 def _dequantize_pallas(packed: Blocks, name: str, dtype: Any, interpret: bool = False) -> jax.Array:
-    kernel, bits = _kernels(interpret), jax.lax.bitcast_convert_type(packed.scales, jnp.uint8)
+    kernel, bits = (
+        dispatch.pallas("fp4_pallas", interpret),
+        jax.lax.bitcast_convert_type(packed.scales, jnp.uint8),
+    )
     made = kernel.dequantize(
         _rows(packed.codes), _rows(bits), packed.tensor.reshape(1), name, dtype, interpret
     )
@@ -313,7 +305,7 @@ def _dot_reference(a: Blocks, b: Blocks, name: str) -> jax.Array:
 
 
 def _dot_pallas(a: Blocks, b: Blocks, name: str, interpret: bool = False) -> jax.Array:
-    kernel = _kernels(interpret)
+    kernel = dispatch.pallas("fp4_pallas", interpret)
     x, y = ((o.codes, jax.lax.bitcast_convert_type(o.scales, jnp.uint8)) for o in (a, b))
     return kernel.dot(x, y, name, interpret)
 

@@ -175,20 +175,15 @@ def _reference(rule, grad, stored, codes, numbers, block, keys):
 
 
 def _pallas(rule, grad, stored, codes, numbers, block, keys, interpret=False):
-    if not interpret and dispatch.backend() != "gpu":
-        raise NotImplementedError(f"made for GPUs, this is {dispatch.backend()}")
-    try:
-        from nanochat_jax.kernels import int8_pallas
-    except ImportError as error:
-        raise NotImplementedError(f"Pallas is not there: {error}") from None
+    kernel = dispatch.pallas("int8_pallas", interpret)
     block = min(block, grad.shape[-1])
-    if block & (block - 1) or block < int8_pallas.LEAST:
-        raise NotImplementedError(f"blocks of {block} are no power of two from {int8_pallas.LEAST} on")
+    if block & (block - 1) or block < kernel.LEAST:
+        raise NotImplementedError(f"blocks of {block} are no power of two from {kernel.LEAST} on")
     if grad.shape[-1] % block:
         raise NotImplementedError(f"blocks of {block} do not divide rows of {grad.shape[-1]}")
     lines = lambda a: a.reshape(-1, block)  # noqa: E731
     salts = [None if key is None else noise.salt(key) for key in keys]
-    direction, made = int8_pallas.update(
+    direction, made = kernel.update(
         rule, lines(grad), [(lines(c), s.reshape(-1)) for c, s in stored], codes, numbers, salts, interpret
     )
     made = (

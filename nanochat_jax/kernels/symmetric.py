@@ -32,22 +32,16 @@ def _reference(x: jax.Array, y: jax.Array | None) -> jax.Array:
 
 
 def _pallas(x: jax.Array, y: jax.Array | None, interpret: bool = False) -> jax.Array:
-    if not interpret and dispatch.backend() != "gpu":
-        raise NotImplementedError(f"made for GPUs, this is {dispatch.backend()}")
+    kernel = dispatch.pallas("symmetric_pallas", interpret)
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"tensor cores need bfloat16 or float32, got {x.dtype}")
-    try:
-        from nanochat_jax.kernels import symmetric_pallas
-    except ImportError as error:
-        raise NotImplementedError(f"Pallas is not there: {error}") from None
     stack = lambda a: a.reshape(-1, *a.shape[-2:])  # noqa: E731
-    made = symmetric_pallas.dot(stack(x), stack(x if y is None else y), interpret)
+    made = kernel.dot(stack(x), stack(x if y is None else y), interpret)
     return made.reshape(*x.shape[:-1], x.shape[-2])
 
 
 def _probed(x: jax.Array, y: jax.Array | None) -> jax.Array:
-    if dispatch.backend() != "gpu":
-        raise NotImplementedError(f"made for GPUs, this is {dispatch.backend()}")
+    dispatch.need_gpu()
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"only bfloat16 gains, got {x.dtype}")
     if x.shape[-2] < LEAST:

@@ -85,19 +85,12 @@ def _float_product(x: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def _pallas(x_MK, codes, scale, interpret=False) -> jax.Array:
-    if not interpret and dispatch.backend() != "gpu":
-        raise NotImplementedError(f"made for GPUs, this is {dispatch.backend()}")
-    try:
-        from nanochat_jax.kernels import ternary_pallas
-    except ImportError as missing:  # the Triton backend of Pallas is deprecated since jax 0.11
-        raise NotImplementedError(f"this version of jax has no Pallas for Triton: {missing}") from missing
-    return ternary_pallas.dot(x_MK, codes, scale, interpret=interpret)
+    return dispatch.pallas("ternary_pallas", interpret).dot(x_MK, codes, scale, interpret=interpret)
 
 
 def _probed(x_MK, codes, scale) -> jax.Array:
     """The Pallas kernel if it works on this device (probed once per process) and pays for this shape."""
-    if dispatch.backend() != "gpu":
-        raise NotImplementedError(f"made for GPUs, this is {dispatch.backend()}")
+    dispatch.need_gpu()
     if x_MK.shape[0] > MAX_ROWS:
         raise NotImplementedError(f"{x_MK.shape[0]} rows: unpacking first is faster above {MAX_ROWS}")
     entry = tuning.entry(x_MK.dtype, x_MK.shape[0], codes.shape[0], x_MK.shape[1])

@@ -24,7 +24,8 @@ TEXTS = [
 @pytest.fixture
 def bucket(monkeypatch):
     """memory://bucket with a file of code, rows in JSONL, gzip and Parquet, and what must be left out."""
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs the 'data' extra")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the 'data' extra")
     monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
     store = fsspec.filesystem("memory")
     lines = ["\n".join(json.dumps({"text": t}) for t in TEXTS[a:b]) for a, b in ((1, 8), (8, 16))]

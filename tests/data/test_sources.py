@@ -163,7 +163,7 @@ def test_damaged_json_lines_are_named(tmp_path):
 
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs the 'data' extra")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the 'data' extra")
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": [*TEXTS, None], "n": range(6)}), path, row_group_size=2)
     skipped = Counter()

@@ -70,7 +70,7 @@ def test_json_lines_parquet_and_datasets_say_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", Hub())
     assert read("hf:a/b") == TALKS
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs the 'data' extra")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet needs the 'data' extra")
     parquet.write_table(pyarrow.table({"messages": TALKS}), tmp_path / "c.parquet", row_group_size=7)
     assert read(tmp_path / "c.parquet") == TALKS
 
