@@ -51,10 +51,10 @@ class KVCache:
     later tokens find the last loop's (infer.loop_cache = "last").
     """
 
-    k: jax.Array  # [R or 1, N, B, T, G, K]
+    k: jax.Array  # [R or 1, N, B, G, T, K]
     v: jax.Array  # the same
     length: jax.Array  # int32 [B]: slots in use per row
-    # of the layers outside the loops: "before" and "after", where there are any, (k, v) [n, B, T, G, K]
+    # of the layers outside the loops: "before" and "after", where there are any, (k, v) [n, B, G, T, K]
     outside: dict[str, tuple[jax.Array, jax.Array]] = struct.field(default_factory=dict)
 
 

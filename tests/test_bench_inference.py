@@ -58,7 +58,7 @@ def test_verdicts():
     rate = {"median": 100.0, "min": 90.0, "max": 110.0}
     row = {"rows": 1, "weights": "full", "draft_tokens": 0, "compiles": 0, "tokens_per_second": rate}
     record = {
-        "first_token_ms": {"median": 51.0}, "server": {"ms_per_token": {"median": 0.3}},
+        "weights": "full", "first_token_ms": {"median": 51.0}, "server": {"ms_per_token": {"median": 0.3}},
         "decode": [row, row | {"draft_tokens": 2, "tokens_per_second": rate | {"median": 94.0}, "compiles": 1}],
         "peer": {"decode": [{"rows": 1, "tokens_per_second": {"median": 77.0}}]},
     }  # fmt: skip

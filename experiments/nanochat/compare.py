@@ -8,6 +8,7 @@ README.md): the two sets of dependencies never meet, and while one works the oth
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
@@ -279,7 +280,7 @@ def main() -> None:
         },
         "our_commit": commit(),
         "our_facts": facts,
-        "our_model": vars(cfg.model) | {"loop": vars(cfg.model.loop)},
+        "our_model": dataclasses.asdict(cfg.model),
         "our_train": {"batch": cfg.data.batch, "seq_len": cfg.data.seq_len, "loss": cfg.train.loss},
         "nanochat_facts": child.facts,
         "blocks": [{"ours": a, "nanochat": b} for a, b in seen],

@@ -225,14 +225,15 @@ def inference(
     capacity = max(cfg.infer.capacity, FIRST + 1, PROMPT + tokens)
     firsts = prompts(tokenizer, FIRST, repeats + 1)
     given = prompts(tokenizer, PROMPT, (repeats + 1) * ROWS)
-    kinds = ["full", *(["packed"] if cfg.model.quant.startswith("ternary") else [])]
+    kinds = ["full", *(["codes", "packed"] if cfg.model.quant.startswith("ternary") else [])]
+    usual = load.form(cfg.model, cfg.infer)
     count, loops = drafts_of(cfg)
 
     def engine(weights: str, rows: int, drafts: tuple[int, int] = (0, 0)) -> Engine:
         infer = dataclasses.replace(cfg.infer, weights=weights, impl="auto")
         return Engine(
             cfg.model,
-            load.placed(cfg.model, params, infer),
+            load.placed(cfg.model, params, infer, rows),
             known,
             rows,
             capacity,
@@ -250,9 +251,9 @@ def inference(
     device = jax.devices()[0]
     record: dict[str, Any] = {
         "prompt_tokens": FIRST, "answer_tokens": tokens, "repeats": repeats, "capacity": capacity,
-        "first_token_ms": first_token(engine("full", 1), firsts),
+        "weights": usual, "first_token_ms": first_token(engine(usual, 1), firsts),
         "decode": rows,
-        "server": server(engine("full", ROWS), tokenizer, given, tokens),
+        "server": server(engine(usual, ROWS), tokenizer, given, tokens),
         "peer": peer(cfg, params, tokenizer, peer_python, firsts, given, tokens, threads)
         if peer_python else {"skipped": "no --peer_python"},
         "speculation": "measured" if count else "this model has neither layers of model.mtp nor loops",
@@ -262,10 +263,10 @@ def inference(
 
 
 def plain_rate(record: dict[str, Any], rows: int) -> float:
-    """Median tokens per second in full weights without drafts."""
+    """Median tokens per second without drafts, of the weights that serve if nothing is said."""
     found = (
         r for r in record["decode"]
-        if r["rows"] == rows and r["weights"] == "full" and not r["draft_tokens"]
+        if r["rows"] == rows and r["weights"] == record["weights"] and not r["draft_tokens"]
     )  # fmt: skip
     return next(found)["tokens_per_second"]["median"]
 

@@ -16,7 +16,7 @@ FLAGS = {
     "top_p": cli.Flag(-1.0, "default infer.top_p"),
     "exit_quantile": cli.Flag(-1.0, "1 = all loops; default infer.exit_quantile"),
     "loop_cache": cli.Flag("", "all or last; default infer.loop_cache"),
-    "weights": cli.Flag("", "full or packed; default infer.weights"),
+    "weights": cli.Flag("", "auto, full, codes or packed; default infer.weights"),
     "impl": cli.Flag("", "of the packed product; default infer.impl"),
     "draft_tokens": cli.Flag(-1, "tokens drafted ahead, 0 = none; default infer.draft_tokens"),
     "draft_loops": cli.Flag(-1, "loops of the drafts, 0 = layers of model.mtp; default infer.draft_loops"),

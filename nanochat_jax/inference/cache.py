@@ -1,7 +1,7 @@
 """The key/value cache: allocation, rollback, and copies of single rows. Writing happens in the model's
 forward pass.
 
-Whatever a cache holds has the axes [.., B, T, G, K]; the functions here know no more of it.
+Whatever a cache holds has the axes [.., B, G, T, K]; the functions here know no more of it.
 """
 
 import jax
@@ -25,7 +25,7 @@ def allocate(
     dtype = transformer.compute_dtype(cfg)
 
     def pair(*layers: int) -> tuple[jax.Array, jax.Array]:
-        shape = (*layers, batch, capacity, cfg.kv_heads, cfg.head_dim)
+        shape = (*layers, batch, cfg.kv_heads, capacity, cfg.head_dim)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     outside = {name: pair(own.layers) for name, own in loop.outside(cfg).items()}
@@ -49,7 +49,7 @@ def take(cache: KVCache, row: jax.Array, length: jax.Array) -> KVCache:
 
     def copy(a: jax.Array) -> jax.Array:
         one = jax.lax.dynamic_slice_in_dim(a, row, 1, axis=a.ndim - 4)
-        kept = (jnp.arange(a.shape[-3]) < length).reshape(*(1,) * (a.ndim - 3), -1, 1, 1)
+        kept = (jnp.arange(a.shape[-2]) < length).reshape(*(1,) * (a.ndim - 2), -1, 1)
         return jnp.where(kept, one, jnp.zeros((), a.dtype))
 
     copied = jax.tree.map(copy, cache.replace(length=None))

@@ -11,8 +11,9 @@ from nanochat_jax import params as params_lib
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import Config, ConfigError, InferConfig, MeshConfig, ModelConfig
 from nanochat_jax.inference import engine, pace, schedule, speculative
+from nanochat_jax.kernels import dispatch
 from nanochat_jax.model import transformer
-from nanochat_jax.quant import pack
+from nanochat_jax.quant import coded, pack
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Params
 
@@ -28,17 +29,33 @@ def load_params(cfg: Config, workdir: Path) -> Params:
     return checkpoint.restore_params(workdir / "ckpt", target, cfg.ckpt.verify)[0]
 
 
-def served(cfg: ModelConfig, params: Params, settings: InferConfig) -> Params:
-    """The parameters in the form that `infer.weights` names; "full" returns them unchanged."""
-    if settings.weights == "full":
-        return params
-    roles = projections.from_config(cfg).ternary_roles()
-    return pack.pack_params(params, roles, cfg.quant_group, settings.impl)
+def form(cfg: ModelConfig, settings: InferConfig) -> str:
+    """How ternary matrices are held: "full", "codes" or "packed"; what `infer.weights` = "auto" stands for."""
+    if settings.weights != "auto":
+        return settings.weights
+    if not cfg.quant.startswith("ternary"):
+        return "full"
+    return "codes" if dispatch.backend() == "cpu" else "packed"
 
 
-def placed(cfg: ModelConfig, params: Params, settings: InferConfig) -> Params:
+def served(cfg: ModelConfig, params: Params, settings: InferConfig, rows: int = 1) -> Params:
+    """The parameters as answers to `rows` requests at a time are computed from them: ternary matrices in the
+    form that `infer.weights` names, and where layers are written out (`transformer.layer_unroll`) each one's
+    arrays apart."""
+    project, held = projections.from_config(cfg), form(cfg, settings)
+    if held == "packed":
+        params = pack.pack_params(params, project.ternary_roles(), cfg.quant_group, settings.impl)
+    if held == "codes":
+        floating = transformer.compute_dtype(cfg).name
+        dtype = floating if cfg.quant_group else coded.carrier(rows, cfg.dim, cfg.mlp_dim)
+        params = coded.code_params(params, project.ternary_roles(), cfg.quant_group, dtype)
+    return transformer.apart(params) if transformer.layer_unroll(cfg) == cfg.layers else params
+
+
+def placed(cfg: ModelConfig, params: Params, settings: InferConfig, rows: int) -> Params:
     """`served`, on the first device, beside which an engine puts its slots."""
-    return jax.device_put(served(cfg, params, settings), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.device_put(served(cfg, params, settings, rows), first)
 
 
 def load_engine(
@@ -51,7 +68,7 @@ def load_engine(
             "piece needs what every loop left of the ones before"
         )
     tokenizer = tokenizers.load(workdir / "tokenizer.json")
-    params = placed(cfg.model, load_params(cfg, workdir), settings)
+    params = placed(cfg.model, load_params(cfg, workdir), settings, slots)
     known = min(tokenizer.vocab_size, cfg.model.vocab_size)
     chunk = min(256, 1 << settings.capacity.bit_length() - 1)
     return schedule.Engine(

@@ -103,7 +103,8 @@ def draw(logits_BV: jax.Array, noise_BV: jax.Array, controls: Controls) -> jax.A
     scaled = _scaled(logits_BV, controls.temperature)
     best = jnp.max(scaled, -1, keepdims=True)
     likely = scaled - best >= jnp.log(jnp.reshape(controls.min_p, (-1, 1)))
-    free = jnp.argmax(jnp.where(likely, scaled + noise_BV, -jnp.inf), -1)
+    random = jnp.reshape(controls.temperature > 0, (-1, 1))
+    free = jnp.argmax(jnp.where(random, jnp.where(likely, scaled + noise_BV, -jnp.inf), logits_BV), -1)
     open_B = ((controls.top_k <= 0) | (controls.top_k >= V)) & (controls.top_p >= 1)
     done = jnp.broadcast_to(open_B | (controls.temperature <= 0), (B,))
 
@@ -120,8 +121,7 @@ def draw(logits_BV: jax.Array, noise_BV: jax.Array, controls: Controls) -> jax.A
             jnp.all(cut[2] | done), lambda: among(cut), lambda: among(_cut(scaled, controls, V))
         )
 
-    drawn = jnp.where(done, free, jax.lax.cond(jnp.all(done), lambda: free, narrowed))
-    return jnp.where(controls.temperature > 0, drawn, jnp.argmax(logits_BV, -1)).astype(jnp.int32)
+    return jnp.where(done, free, jax.lax.cond(jnp.all(done), lambda: free, narrowed)).astype(jnp.int32)
 
 
 def gumbel(key: Key, V: int) -> jax.Array:

@@ -113,7 +113,7 @@ def read(
     filled = more(caches.roll_back(output.cache, prefix.length), output.hidden)
     cache = caches.insert(slots.cache, caches.roll_back(filled, prefix.length + valid), slot)
     own = row_of(slots.row, slot)
-    own, drawn = put_down(own, logits, last[None], jnp.bool_(True), None, noise(own, 0))
+    own, drawn = put_down(own, logits, last[None], jnp.bool_(True), None, noise(own, 0, last[None]))
     return Slots(cache, _put(slots.row, slot, own)), drawn, output.hidden
 
 
@@ -132,15 +132,20 @@ def step(
     assert output.cache is not None
     length = jnp.where(active_B, output.cache.length, slots.cache.length)
     logits = transformer.logits(cfg, params, output.hidden[:, 0])
-    row, drawn = put_down(slots.row, logits, active_B, tops, output.depth, noise(slots.row, 0))
+    row, drawn = put_down(slots.row, logits, active_B, tops, output.depth, noise(slots.row, 0, active_B))
     return Slots(caches.roll_back(output.cache, length), row), drawn
 
 
-def noise(row: Row, ahead: int) -> jax.Array:
+def noise(row: Row, ahead: int, live_B: jax.Array) -> jax.Array:
     """What decides the draw after `ahead` others of each row, float32 [B, V]: its key and the draw's number
-    do, nothing else."""
-    V = row.seen.shape[-1]
-    return jax.vmap(lambda key, i: gumbel(jax.random.fold_in(key, i), V))(row.key, row.draws + ahead)
+    do, nothing else. Zeros where no live row draws at random."""
+
+    def made() -> jax.Array:
+        V = row.seen.shape[-1]
+        return jax.vmap(lambda key, i: gumbel(jax.random.fold_in(key, i), V))(row.key, row.draws + ahead)
+
+    random = jnp.any(live_B & (row.controls.temperature > 0))
+    return jax.lax.cond(random, made, lambda: jnp.zeros(row.seen.shape, jnp.float32))
 
 
 def choose(row: Row, logits_BV: jax.Array, live_B: jax.Array, noise_BV: jax.Array) -> Row:
@@ -160,13 +165,14 @@ def put_down(
 ) -> tuple[Row, Drawn]:  # fmt: skip
     """`choose`, and what is told of the draw. tops: bool [], report the likeliest ids too."""
     B = len(logits_BV)
-    log_probs = jax.nn.log_softmax(logits_BV)
     row = choose(row, logits_BV, live_B, noise_BV)
-    top_logs, top_ids = jax.lax.cond(
-        tops, lambda: tuple(jax.lax.top_k(log_probs, TOP)),
+    total = jax.nn.logsumexp(logits_BV, -1, keepdims=True)
+    top_logits, top_ids = jax.lax.cond(
+        tops, lambda: tuple(jax.lax.top_k(logits_BV, TOP)),
         lambda: (jnp.zeros((B, TOP), jnp.float32), jnp.zeros((B, TOP), jnp.int32)),
     )  # fmt: skip
-    chosen = jnp.take_along_axis(log_probs, row.token[:, None], -1)[:, 0]
+    top_logs = jnp.where(tops, top_logits - total, 0.0)
+    chosen = (jnp.take_along_axis(logits_BV, row.token[:, None], -1) - total)[:, 0]
     finite = jnp.all(jnp.isfinite(logits_BV), -1)
     depth_B = jnp.zeros((B,), jnp.int32) if depth_B is None else depth_B
     return row, Drawn(row.token, chosen, top_ids, top_logs, finite, depth_B)

@@ -158,7 +158,7 @@ def step(
     Returns: (state, 1 to drafts + 1 tokens for each active row, none for others).
     """
     row, length_B = state.slots.row, state.slots.cache.length
-    noise = [slots.noise(row, k) for k in range(drafts + 1)]
+    noise = [slots.noise(row, k, active_B) for k in range(drafts + 1)]
     cache, guesses = state.slots.cache, []
     if drafts:
         draft = _by_layers if state.tail is not None else functools.partial(_by_loops, loops=loops)

@@ -1,6 +1,7 @@
 """Attention of new tokens to themselves and to a cache of earlier ones, which is only read.
 
-The cache holds many layers and T slots of which a row uses the first `length`. `blocked`, for CPUs, goes
+The cache holds many layers and T slots of which a row uses the first `length`. Slots of one head lie side by
+side, [.., B, G, T, K], as both products want them: with heads inside, a CPU transposes what it reads. `blocked`, for CPUs, goes
 through the used slots block by block with a running softmax: nothing is copied but the block at hand, and
 slots that no row uses, or that no window reaches, are not read. A row's result does not depend on how far
 the others' reach: a block without a visible slot changes no bit of it. `reference` reads all T slots.
@@ -14,13 +15,13 @@ import jax.numpy as jnp
 from nanochat_jax.kernels import dispatch
 from nanochat_jax.kernels.attention import MASKED
 
-BLOCK = 128  # slots at a time on CPU: a layer's keys of them stay in the second-level cache
+BLOCK = 64  # slots at a time on CPU: a layer's keys of them stay in the second-level cache
 
 
 def _part(a, number, start, size):
-    """`size` slots from `start` on of one layer, [B, size, G, K]."""
-    at = (*number, 0, start, 0, 0)
-    shape = (*(1,) * len(number), a.shape[-4], size, *a.shape[-2:])
+    """`size` slots from `start` on of one layer, [B, G, size, K]."""
+    at = (*number, 0, 0, start, 0)
+    shape = (*(1,) * len(number), *a.shape[-4:-2], size, a.shape[-1])
     return jax.lax.dynamic_slice(a, [jnp.int32(i) for i in at], shape).reshape(shape[len(number) :])
 
 
@@ -29,11 +30,11 @@ def _own_scores(q_BLGHK, k_BLGK, window):
     index = jnp.arange(q_BLGHK.shape[1], dtype=jnp.int32)
     distance = index[:, None] - index[None]
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
-    return jnp.where(seen[None, None, None], _scores(q_BLGHK, k_BLGK), MASKED)
+    return jnp.where(seen[None, None, None], _scores(q_BLGHK, jnp.swapaxes(k_BLGK, 1, 2)), MASKED)
 
 
-def _scores(q_BLGHK, k_BTGK):
-    scores = jnp.einsum("blghk,btgk->bghlt", q_BLGHK, k_BTGK, preferred_element_type=jnp.float32)
+def _scores(q_BLGHK, k_BGTK):
+    scores = jnp.einsum("blghk,bgtk->bghlt", q_BLGHK, k_BGTK, preferred_element_type=jnp.float32)
     return scores * q_BLGHK.shape[-1] ** -0.5
 
 
@@ -48,30 +49,32 @@ def _seen(slot_T, length_B, queries, window):
     return seen_BLT[:, None, None]
 
 
-def _values(shares_BGHLT, v_BTGK):
-    shares = shares_BGHLT.astype(v_BTGK.dtype)
-    return jnp.einsum("bghlt,btgk->bghlk", shares, v_BTGK, preferred_element_type=jnp.float32)
+def _values(shares_BGHLT, v_BGTK):
+    shares = shares_BGHLT.astype(v_BGTK.dtype)
+    return jnp.einsum("bghlt,bgtk->bghlk", shares, v_BGTK, preferred_element_type=jnp.float32)
 
 
 def _reference(q_BLGHK, k_BLGK, v_BLGK, keys, values, number, length_B, window):
-    T = keys.shape[-3]
+    T = keys.shape[-2]
     old_k, old_v = (_part(a, number, 0, T) for a in (keys, values))
     seen = _seen(jnp.arange(T, dtype=jnp.int32), length_B, q_BLGHK.shape[1], window)
     old = jnp.where(seen, _scores(q_BLGHK, old_k.astype(q_BLGHK.dtype)), MASKED)
     shares = jax.nn.softmax(jnp.concatenate([old, _own_scores(q_BLGHK, k_BLGK, window)], -1), -1)
-    return _values(shares[..., :T], old_v.astype(v_BLGK.dtype)) + _values(shares[..., T:], v_BLGK)
+    return _values(shares[..., :T], old_v.astype(v_BLGK.dtype)) + _values(
+        shares[..., T:], jnp.swapaxes(v_BLGK, 1, 2)
+    )
 
 
 def _blocked(q_BLGHK, k_BLGK, v_BLGK, keys, values, number, length_B, window):
     if dispatch.backend() != "cpu":
         raise NotImplementedError("made for CPUs")
-    T = keys.shape[-3]
+    T = keys.shape[-2]
     size = min(BLOCK, T)
     own = _own_scores(q_BLGHK, k_BLGK, window)
     # Every token sees itself: from here on the largest score is a true one, and masked ones count nothing.
     most = jnp.max(own, -1, keepdims=True)
     shares = jnp.exp(own - most)
-    found = (most, jnp.sum(shares, -1, keepdims=True), _values(shares, v_BLGK))
+    found = (most, jnp.sum(shares, -1, keepdims=True), _values(shares, jnp.swapaxes(v_BLGK, 1, 2)))
 
     def add(i, found):
         most, total, y = found
@@ -106,7 +109,7 @@ def attend(
 ) -> jax.Array:
     """Causal softmax attention of L new tokens per row that follow `length` cached ones.
 
-    Args: q: [B, L, H, K]. k, v: [B, L, G, K], of the new tokens. keys, values: [.., B, T, G, K] of many
+    Args: q: [B, L, H, K]. k, v: [B, L, G, K], of the new tokens. keys, values: [.., B, G, T, K] of many
     layers, of which the one at the indices `number` is read, and of that the first length[b] slots of row
     b; what stands in the others must be finite. window: > 0 = distances below it only.
     Returns: [B, L, H, K] in v's dtype.

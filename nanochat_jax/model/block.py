@@ -38,7 +38,7 @@ def layer(
 
     Args: tokens: int32 [B, L]. i: the layer's index in the period. carry: (residual [B, L, D] or
     [B, L, S, D], what model.mhc watches). x0: [B, L, D], the embedding. p: the layer's weights. kv: keys
-    and values of earlier tokens [.., B, T, G, K] and the layer's indices into the axes before; None = there
+    and values of earlier tokens [.., B, G, T, K] and the layer's indices into the axes before; None = there
     are none.
     Returns: the carry after the layer, and with a cache the tokens' own keys and values [B, L, G, K].
     """
@@ -121,15 +121,15 @@ def append(cache: KVCache, new: tuple | None, outside: dict[str, tuple], x: jax.
     """
     # Never more than the length, but known only after x: or else XLA might order the write before the last
     # read, for which it then copies the cache.
-    start_B = jnp.minimum(cache.length, cache.k.shape[-3] + (x.ravel()[0] > 0).astype(jnp.int32))
+    start_B = jnp.minimum(cache.length, cache.k.shape[-2] + (x.ravel()[0] > 0).astype(jnp.int32))
 
     def put(a: jax.Array, new: jax.Array) -> jax.Array:
-        new, rows, zero = new.astype(a.dtype), a.ndim - 4, jnp.int32(0)
+        new, rows, zero = jnp.swapaxes(new, -3, -2).astype(a.dtype), a.ndim - 4, jnp.int32(0)
 
         # No reshaping of the leading axes: XLA may give an axis of size 1 another layout, and then copies.
         def write(row, a):
             one = jax.lax.dynamic_slice_in_dim(new, row, 1, rows)
-            return jax.lax.dynamic_update_slice(a, one, (*(zero,) * rows, row, start_B[row], zero, zero))
+            return jax.lax.dynamic_update_slice(a, one, (*(zero,) * rows, row, zero, start_B[row], zero))
 
         if a.shape[rows] > MANY_ROWS:
             return jax.lax.fori_loop(jnp.int32(0), jnp.int32(a.shape[rows]), write, a)

@@ -28,6 +28,7 @@ from nanochat_jax.types import Batch, KVCache, Output, Params
 GATHERING = (
     "optimization_barrier", "all_gather", "bitcast_convert_type", "convert_element_type", "concatenate"
 )  # fmt: skip
+STACKS = ("blocks", "value", "before", "after", "mtp")  # parts of the parameters with an axis of layers
 Whole = Callable[[str, Params], Params] | None  # (stack, parts of one layer's weights) -> whole ones
 
 
@@ -316,7 +317,7 @@ def draft(
     and values [B, L, G, K].
     """
     project = project.spared()
-    q, j = jax.tree.map(lambda a: a[i - 1], params["mtp"]), cfg.layers - 1
+    q, j = _each(params["mtp"], cfg.mtp.depth)[i - 1], cfg.layers - 1
     context, x = block.make_context(cfg, batch, cache), u_BLD
     if cfg.mtp.kind == "chained":
         x = mtp.joined(cfg, project, q, u_BLD, params["embed"].astype(u_BLD.dtype)[tokens_BL])
@@ -366,14 +367,27 @@ def layer_unroll(cfg: ModelConfig) -> int:
     return cfg.layers if dispatch.backend() == "cpu" else layer_period(cfg)
 
 
+def apart(params: Params) -> Params:
+    """`params` for inference, every layer's weights as arrays of their own: a tuple of trees for each stack.
+
+    A layer that is cut out of a stack is copied first: weights that serve would be read and written in every
+    step. `forward` runs such layers one after the other, written out.
+    """
+    stacks = {name: _each(tree, _depth(tree)) for name, tree in params.items() if name in STACKS}
+    return params | {name: tuple(layers) for name, layers in stacks.items()}
+
+
+def _depth(tree: Params) -> int:
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
 def _stack(cfg: ModelConfig, run, x, x0, layers, kv):
     """Apply all layers once to x = (residual, watch), of which number i is given kv(i). Returns (x, the
     layers' new keys and values [N, ..], or None)."""
-    unroll = layer_unroll(cfg)
+    unroll = cfg.layers if isinstance(layers["blocks"], tuple) else layer_unroll(cfg)
     steps = cfg.layers // unroll
     if unroll == 1 and steps > 1:
         return _stack_singly(run, x, x0, layers, kv)
-    grouped = jax.tree.map(lambda a: a.reshape(steps, a.shape[0] // steps, *a.shape[1:]), layers)
 
     def body(x, each):
         step, group = each
@@ -388,7 +402,8 @@ def _stack(cfg: ModelConfig, run, x, x0, layers, kv):
         return x, jax.tree.map(lambda *a: jnp.stack(a), *entries)
 
     if steps == 1:
-        return body(x, (0, jax.tree.map(lambda a: a[0], grouped)))
+        return body(x, (0, layers))
+    grouped = jax.tree.map(lambda a: a.reshape(steps, a.shape[0] // steps, *a.shape[1:]), layers)
     x, entries = jax.lax.scan(body, x, (None if kv is None else jnp.arange(steps), grouped))
     return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), entries)
 
@@ -409,6 +424,8 @@ def _stack_singly(run, x, x0, layers, kv):
 def _each(tree, n: int) -> list:
     """Split the leading axis of every leaf into n trees. A split, because the gradient of a split is
     one concatenation, while that of n slices is n padded copies of the whole stack."""
+    if isinstance(tree, tuple):
+        return list(tree)  # by `apart`
     if n == 0:
         return []
     leaves, structure = jax.tree.flatten(tree)

@@ -13,7 +13,7 @@ from flax import struct
 
 from nanochat_jax.config import Fp4Config, ModelConfig
 from nanochat_jax.kernels import dispatch, fp4, scaled
-from nanochat_jax.quant import pack
+from nanochat_jax.quant import coded, pack
 from nanochat_jax.quant.matmul import ACTIVATIONS, GRADIENTS, WEIGHTS, matmul
 from nanochat_jax.types import Key
 
@@ -43,7 +43,9 @@ class Precision:
 
 Rules = tuple[tuple[str, Precision], ...]
 LOW = (*fp4.FORMATS, "fp4_rows", "fp8")  # formats that `spared` takes back
-Weight = jax.Array | pack.PackedTernary
+Weight = jax.Array | pack.PackedTernary | coded.CodedTernary
+# product of a leaf that inference holds in place of a latent matrix, see quant/pack.py and quant/coded.py
+SERVED = {pack.PackedTernary: pack.matmul, coded.CodedTernary: coded.matmul}
 
 
 def _blocks(*slots: str) -> Rules:
@@ -122,8 +124,8 @@ class Project:
         """
         precisions = [self.precision(role) for role in roles]
         first = precisions[0]
-        packed = any(isinstance(w, pack.PackedTernary) for w in ws)
-        joined = dispatch.backend() == "cpu" and not packed and all(p == first for p in precisions)
+        served = any(type(w) in SERVED for w in ws)
+        joined = dispatch.backend() == "cpu" and not served and all(p == first for p in precisions)
         if joined and first.grad == "full":  # FP4 blocks and scales of dy must not mix the roles
             for role, w in zip(roles, ws, strict=True):
                 self._check(role, first, w)
@@ -131,10 +133,10 @@ class Project:
         return tuple(self._one(role, x, w, p) for role, w, p in zip(roles, ws, precisions, strict=True))
 
     def _one(self, role: str, x: jax.Array, w: Weight, p: Precision) -> jax.Array:
-        if isinstance(w, pack.PackedTernary):
+        if type(w) in SERVED:
             if p.weight != "ternary":
-                raise ValueError(f"'{role}' is packed ternary, but its rule says '{p.weight}'")
-            return pack.matmul(x, w, p.act)
+                raise ValueError(f"'{role}' has ternary codes, but its rule says '{p.weight}'")
+            return SERVED[type(w)](x, w, p.act)
         self._check(role, p, w)
         key = None
         if p.grad in fp4.FORMATS:

@@ -16,7 +16,7 @@ FLAGS = {
     "name": cli.Flag("", "model id; default the run's name"),
     "slots": cli.Flag(8, "requests answered at the same time"),
     "capacity": cli.Flag(0, "tokens of prompt and answer together; default infer.capacity"),
-    "weights": cli.Flag("", "full or packed; default infer.weights"),
+    "weights": cli.Flag("", "auto, full, codes or packed; default infer.weights"),
     "draft_tokens": cli.Flag(-1, "tokens drafted ahead, 0 = none; default infer.draft_tokens"),
     "draft_loops": cli.Flag(-1, "loops of the drafts, 0 = layers of model.mtp; default infer.draft_loops"),
     "max_queue": cli.Flag(64, "requests that may wait; more get 429"),

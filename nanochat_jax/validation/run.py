@@ -164,14 +164,16 @@ def validate_run(c: Config) -> None:
     choice("infer.loop_cache", i.loop_cache, ("all", "last"))
     if c.model.loop.count == 1:
         unused("infer", i, "model.loop.count is 1", ("loop_cache",))
-    choice("infer.weights", i.weights, ("full", "packed"))
+    choice("infer.weights", i.weights, ("auto", "full", "codes", "packed"))
     choice("infer.impl", i.impl, ("auto", "pallas", "reference"))
-    if i.weights == "packed" and not c.model.quant.startswith("ternary"):
+    ternary = c.model.quant.startswith("ternary")
+    if i.weights in ("codes", "packed") and not ternary:
         raise ConfigError(
-            f"'infer.weights' = 'packed' needs ternary weights, but model.quant is '{c.model.quant}'"
+            f"'infer.weights' = '{i.weights}' needs ternary weights, but model.quant is '{c.model.quant}'"
         )
-    if i.impl != "auto" and i.weights == "full":
-        raise ConfigError("'infer.impl' has no effect because infer.weights is 'full'")
+    if i.impl != "auto" and not (ternary and i.weights in ("auto", "packed")):
+        why = f"infer.weights is '{i.weights}'" if ternary else f"model.quant is '{c.model.quant}'"
+        raise ConfigError(f"'infer.impl' has no effect because {why}")
     _validate_drafts(c)
 
 

@@ -71,13 +71,14 @@ def test_entries_land_behind_each_rows_length(rows):
     cache = caches.allocate(CFG, rows, 16)
     old = {name: rng.normal(size=getattr(cache, name).shape).astype(np.float32) for name in ("k", "v")}
     new = {
-        name: rng.normal(size=(*a.shape[:3], 2, *a.shape[4:])).astype(np.float32) for name, a in old.items()
+        name: rng.normal(size=(*a.shape[:3], 2, a.shape[3], a.shape[5])).astype(np.float32)
+        for name, a in old.items()
     }
     length = rng.integers(0, 14, rows).astype(np.int32)
     given = cache.replace(length=jnp.asarray(length), **{n: jnp.asarray(a) for n, a in old.items()})
     made = jax.jit(block.append)(given, (new["k"], new["v"]), {}, jnp.ones(3))
     for name, want in old.items():
         for row in range(rows):
-            want[:, :, row, length[row] : length[row] + 2] = new[name][:, :, row]
+            want[:, :, row, :, length[row] : length[row] + 2] = np.swapaxes(new[name][:, :, row], 2, 3)
         np.testing.assert_array_equal(getattr(made, name), want)
     np.testing.assert_array_equal(made.length, length)

@@ -12,11 +12,11 @@ N, B, G, H, K = 3, 3, 2, 4, 8
 def arrays(T, L, seed=0, garbage=1e9):
     rng = np.random.default_rng(seed)
     q, k, v = (rng.normal(size=(B, L, heads, K)).astype(np.float32) for heads in (H, G, G))
-    keys, values = (rng.normal(size=(N, B, T, G, K)).astype(np.float32) for _ in range(2))
+    keys, values = (rng.normal(size=(N, B, G, T, K)).astype(np.float32) for _ in range(2))
     length = np.array([0, T // 3, T - L], np.int32)
     for row in range(B):  # a slot that is not in use must not be looked at
-        keys[:, row, length[row] :] = garbage
-        values[:, row, length[row] :] = garbage
+        keys[:, row, :, length[row] :] = garbage
+        values[:, row, :, length[row] :] = garbage
     return q, k, v, keys, values, length
 
 
@@ -26,8 +26,8 @@ def numpy_attention(q, k, v, keys, values, number, length, window):
     for b in range(B):
         n = length[b]
         all_k, all_v = (
-            np.concatenate([keys[number, b, :n], k[b]]),
-            np.concatenate([values[number, b, :n], v[b]]),
+            np.concatenate([keys[number, b, :, :n].swapaxes(0, 1), k[b]]),
+            np.concatenate([values[number, b, :, :n].swapaxes(0, 1), v[b]]),
         )
         for position in range(q.shape[1]):
             at = n + position
@@ -71,5 +71,5 @@ def test_a_row_does_not_depend_on_the_length_of_others():
 def test_slots_that_nobody_uses_are_not_read():
     q, k, v, keys, values, length = arrays(600, 1)
     length = np.minimum(length, 100)
-    keys[:, :, 128:], values[:, :, 128:] = np.nan, np.nan
+    keys[..., 128:, :], values[..., 128:, :] = np.nan, np.nan
     assert np.isfinite(cached.attend(q, k, v, keys, values, (0,), length)).all()
