@@ -1,10 +1,11 @@
 """Attention of new tokens to themselves and to a cache of earlier ones, which is only read.
 
 The cache holds many layers and T slots of which a row uses the first `length`. Slots of one head lie side by
-side, [.., B, G, T, K], as both products want them: with heads inside, a CPU transposes what it reads. `blocked`, for CPUs, goes
-through the used slots block by block with a running softmax: nothing is copied but the block at hand, and
-slots that no row uses, or that no window reaches, are not read. A row's result does not depend on how far
-the others' reach: a block without a visible slot changes no bit of it. `reference` reads all T slots.
+side, [.., B, G, T, K], as both products want them: with heads inside, a CPU transposes what it reads.
+`blocked`, for CPUs, goes through the used slots block by block with a running softmax: nothing is copied but
+the block at hand, and slots that no row uses, or that no window reaches, are not read. A row's result does not
+depend on how far the others' reach: a block without a visible slot changes no bit of it. `reference` reads all
+T slots.
 """
 
 import functools
