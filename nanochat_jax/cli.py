@@ -379,9 +379,10 @@ def joined(cfg: Config, call: Invocation) -> Iterator[bool]:
         os._exit(1 if status is None else status)
 
 
-def setup_runtime(cfg: Config, processes: int = 1) -> None:
+def setup_runtime(cfg: Config, processes: int = 1, keep_freed: bool = True) -> None:
     """Prepare the process before jax starts; never overrides what the user set.
 
+    keep_freed: memory once used stays with the process: right for what runs the same step again and again.
     Raises: ConfigError if the mesh cannot be shared equally by so many processes (0: unknown).
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -400,7 +401,8 @@ def setup_runtime(cfg: Config, processes: int = 1) -> None:
     if devices > 1 and _only_cpu() and flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={devices}".strip()
         log.info("pretending that the CPU is %d devices, for the mesh", devices)
-    _keep_freed_memory()
+    if keep_freed:
+        _keep_freed_memory()
     if not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # stderr is closed, or no file
             faulthandler.enable()  # a crash below Python (a token file cut while it is read: SIGBUS) says where

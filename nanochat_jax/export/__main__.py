@@ -33,7 +33,7 @@ def main(cfg: Config, call: cli.Invocation) -> int:
         raise cli.UsageError("--dry_run has no effect without --push=owner/name")
     if call.out:
         home, cfg = cli.trained(call)
-    cli.setup_runtime(cfg)
+    cli.setup_runtime(cfg, keep_freed=False)
     from nanochat_jax import tokenizer
     from nanochat_jax.export import adopt, publish
     from nanochat_jax.inference import load

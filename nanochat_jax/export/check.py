@@ -78,23 +78,22 @@ def tensors(source: Path, cfg: ModelConfig, params: Params, form: str, dtype: st
     found_cfg, found = importer.load(source)
     architecture = variants.architecture(cfg)
     want_cfg, want = (cfg, params) if architecture == OWN else variants.plain(cfg, params, architecture)
-    if form in ("packed", "dequantized"):
-        want = variants.rounded(want_cfg, want)
-        if found_cfg.quant == "full":
-            want_cfg = dataclasses.replace(want_cfg, quant="full", quant_group=0)
-        else:
-            found = variants.rounded(found_cfg, found)
-    kind, V = safetensors.DTYPES[DTYPES[dtype]], cfg.vocab_size
+    kind, V, found = safetensors.DTYPES[DTYPES[dtype]], cfg.vocab_size, params_lib.flatten(found)
+    coded = form in ("packed", "dequantized")
     chosen = variants.ternary_paths(want_cfg, want) if want_cfg.quant != "full" else set()
-    for path, value in params_lib.flatten(want).items():
+    for path, value in params_lib.flatten(want).items():  # one by one: whole models of them would not fit
         if path.startswith("loop/gate"):
             continue
-        value, back = np.asarray(value, np.float32), params_lib.flatten(found)[path]
+        value, back = np.asarray(value, np.float32), found[path]
         axis = names.vocabulary_axis(path)
         if axis is not None:
-            value, back = (np.take(a, range(V), axis) for a in (value, back))
-        if path not in chosen or form == "latent":
-            value = value.astype(kind).astype(np.float32)
+            value, back = (names.known(a, axis, V) for a in (value, back))
+        if path in chosen and coded:
+            value = variants.rounded_stack(want_cfg, value)
+        if path in chosen and coded and found_cfg.quant != "full":
+            back = variants.rounded_stack(found_cfg, back)
+        else:
+            value = value.astype(kind, copy=False).astype(np.float32, copy=False)
         if not np.array_equal(value, back):
             raise CheckError(
                 f"{path} read back from {source.name} differs by {np.abs(value - back).max():.3g}"

@@ -161,7 +161,7 @@ def planned_own(cfg: ModelConfig, params: Params, dtype: str) -> Iterator[Planne
         leaf = np.asarray(flat[entry.path])
         axis = names.vocabulary_axis(entry.path)
         if axis is not None:
-            leaf = np.take(leaf, range(cfg.vocab_size), axis)
+            leaf = names.known(leaf, axis, cfg.vocab_size)
         value = leaf if entry.layer is None else leaf[entry.layer]
         if entry.path in chosen:
             exact = lambda v=value, n=entry.name: _exact(n, v.T, cfg, dtype).T  # noqa: E731

@@ -62,7 +62,7 @@ def load(source: Path) -> tuple[ModelConfig, Params]:
         raise ExportError(f"{source.name} has tensors that {architecture} does not know: {sorted(extra)[:5]}")
     tree: Params = {}
     for path, spec in params_lib.flatten(specs).items():
-        value = leaves[path]
+        value = leaves.pop(path)  # what is stacked is needed no more
         value = np.stack(value) if isinstance(value, list) else value
         value = _padded(cfg, path, value)
         if value.shape != spec.shape:

@@ -77,6 +77,11 @@ def take(cfg: ModelConfig, architecture: str, params: Params, entry: Entry, gguf
     return value
 
 
+def known(table: np.ndarray, axis: int, ids: int) -> np.ndarray:
+    """The part of a vocabulary table that belongs to the first `ids` ids; a view."""
+    return table[(*(slice(None),) * axis, slice(ids))]
+
+
 def put(cfg: ModelConfig, architecture: str, entry: Entry, value: np.ndarray) -> np.ndarray:
     """Inverse of `take`, of one layer."""
     if value.ndim == 2 and entry.path != "embed":

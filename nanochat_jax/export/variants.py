@@ -187,12 +187,15 @@ def rounded(cfg: ModelConfig, params: Params) -> Params:
     chosen = ternary_paths(cfg, params)
 
     def fix(path: tuple, w: Any) -> Any:
-        if "/".join(str(p.key) for p in path) not in chosen:
-            return w
-        layers = (ternary.dequantize(*ternary.quantize_ternary(w[i], cfg.quant_group)) for i in range(len(w)))
-        return np.stack([np.asarray(layer) for layer in layers])
+        return rounded_stack(cfg, w) if "/".join(str(p.key) for p in path) in chosen else w
 
     return jax.tree_util.tree_map_with_path(fix, params)
+
+
+def rounded_stack(cfg: ModelConfig, w: Any) -> np.ndarray:
+    """`rounded`, of the matrices [N, m, n] of one role."""
+    layers = (ternary.dequantize(*ternary.quantize_ternary(w[i], cfg.quant_group)) for i in range(len(w)))
+    return np.stack([np.asarray(layer) for layer in layers])
 
 
 def latent(matrix: np.ndarray) -> np.ndarray:

@@ -12,10 +12,12 @@ from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import Config, ConfigError, InferConfig, MeshConfig, ModelConfig
 from nanochat_jax.inference import engine, pace, schedule, speculative
 from nanochat_jax.kernels import dispatch
-from nanochat_jax.model import transformer
+from nanochat_jax.model import loop, transformer
 from nanochat_jax.quant import coded, pack
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Params
+
+WRITTEN_OUT = 128  # layers, in all loops: a program of more, each on its own, takes too long to compile
 
 
 def load_params(cfg: Config, workdir: Path) -> Params:
@@ -40,8 +42,7 @@ def form(cfg: ModelConfig, settings: InferConfig) -> str:
 
 def served(cfg: ModelConfig, params: Params, settings: InferConfig, rows: int = 1) -> Params:
     """The parameters as answers to `rows` requests at a time are computed from them: ternary matrices in the
-    form that `infer.weights` names, and where layers are written out (`transformer.layer_unroll`) each one's
-    arrays apart."""
+    form that `infer.weights` names, and the layers' arrays apart."""
     project, held = projections.from_config(cfg), form(cfg, settings)
     if held == "packed":
         params = pack.pack_params(params, project.ternary_roles(), cfg.quant_group, settings.impl)
@@ -49,7 +50,7 @@ def served(cfg: ModelConfig, params: Params, settings: InferConfig, rows: int = 
         floating = transformer.compute_dtype(cfg).name
         dtype = floating if cfg.quant_group else coded.carrier(rows, cfg.dim, cfg.mlp_dim)
         params = coded.code_params(params, project.ternary_roles(), cfg.quant_group, dtype)
-    return transformer.apart(params) if transformer.layer_unroll(cfg) == cfg.layers else params
+    return transformer.apart(params) if loop.effective_layers(cfg) <= WRITTEN_OUT else params
 
 
 def placed(cfg: ModelConfig, params: Params, settings: InferConfig, rows: int) -> Params:
