@@ -20,7 +20,7 @@ def rows(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     their row's scale so.
     """
     v = v.astype(jnp.float32)
-    top = magnitude.largest(v, -1, keepdims=True)
+    top = magnitude.row_largest(v)
     # The reciprocal of a smaller maximum would overflow; such a row is all zeros.
     ratio = jnp.where(top < 127 * jnp.finfo(jnp.float32).tiny, 0.0, 127 / top)
     return jnp.clip(jnp.round(v * ratio), -127, 127).astype(jnp.int8), top * (1 / 127)
@@ -29,4 +29,4 @@ def rows(v: jax.Array) -> tuple[jax.Array, jax.Array]:
 def dgrad(dy_Tn: jax.Array, t_mn: jax.Array) -> jax.Array:
     """dx = Q(dy) @ t^T, float32 [T, m]; t: ternary codes, any dtype that holds them."""
     q, scale = rows(dy_Tn)
-    return integer.integer_matmul(q, t_mn.astype(jnp.int8).T) * scale
+    return integer.integer_matmul(q, t_mn.astype(jnp.int8), transposed=True) * scale

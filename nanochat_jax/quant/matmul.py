@@ -18,6 +18,7 @@ the products run as one wide product, which on CPU is much faster than several n
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -52,14 +53,22 @@ def _dw(x: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.matmul(x.T, dy, preferred_element_type=jnp.float32)
 
 
-def _plain(dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Array]:
-    return _dx(scaled.astype(dy.dtype), w), _dw(x, dy)
+def _times(dy: jax.Array, w_scale: jax.Array | None) -> jax.Array:
+    return dy if w_scale is None else dy * w_scale
 
 
-def _fp4_gradients(name: str, dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Array]:
+def _plain(dy, w_scale, x, w, exact, how, key, ends) -> tuple[jax.Array, jax.Array]:
+    # In float32 the weights take their scale: there are fewer of them than of dy, and on CPU each pass
+    # over memory counts. In bfloat16 they would round it, all of them alike.
+    if w_scale is not None and dy.dtype == jnp.float32:
+        return _dx(dy, w * w_scale), _dw(x, dy)
+    return _dx(_times(dy, w_scale).astype(dy.dtype), w), _dw(x, dy)
+
+
+def _fp4_gradients(name: str, dy, w_scale, x, w, exact, how, key, ends) -> tuple[jax.Array, jax.Array]:
     if key is None:
         raise ValueError(f"gradients in {name} need a key")
-    dx_key, dw_key = jax.random.split(key)
+    scaled, (dx_key, dw_key) = _times(dy, w_scale), jax.random.split(key)
     return (
         _dx(scaled.astype(dy.dtype), w)
         if how.products == "wgrad"
@@ -68,12 +77,14 @@ def _fp4_gradients(name: str, dy, scaled, x, w, exact, how, key) -> tuple[jax.Ar
     )
 
 
-def _fp8_gradients(dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Array]:
-    return fp8.dgrad(scaled, w, exact), fp8.wgrad(x, dy)
+def _fp8_gradients(dy, w_scale, x, w, exact, how, key, ends) -> tuple[jax.Array, jax.Array]:
+    return fp8.dgrad(_times(dy, w_scale), w, exact), fp8.wgrad(x, dy)
 
 
-def _int8_gradients(dy, scaled, x, w, exact, how, key) -> tuple[jax.Array, jax.Array]:
-    return int8.dgrad(scaled, w), _dw(x, dy)
+def _int8_gradients(dy, w_scale, x, w, exact, how, key, ends) -> tuple[jax.Array, jax.Array]:
+    # Each weight has its own product, so that rows of its dy keep their own scale; dw is joined.
+    parts = (jnp.split(array, ends, axis=-1) for array in (_times(dy, w_scale), w))
+    return sum(int8.dgrad(*pair) for pair in zip(*parts, strict=True)), _dw(x, dy)
 
 
 # Each slot: operand -> (codes, scale); the operand is close to codes * scale. None = no scale.
@@ -94,7 +105,8 @@ ACTIVATIONS: dict[str, Callable] = {
     "fp4_rows": lambda x, how: fp4_rows.rows(x, how.outliers),
     **{name: functools.partial(_fp4_act, name) for name in fp4.FORMATS},
 }
-# (dy, dy * w's scale, x, w's codes, whether w's codes are in a low-bit format, settings, key) -> (dx, dw)
+# (dy, w's scale or None, x, w's codes, whether w's codes are in a low-bit format, settings, key, columns at
+# which further weights begin) -> (dx, dw)
 GRADIENTS: dict[str, Callable] = {
     "full": _plain,
     "fp8": _fp8_gradients,
@@ -146,14 +158,13 @@ def _beside(parts: list[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
+def _ends(ws: Arrays) -> list[int]:
+    """Columns at which the second and further weights begin, side by side."""
+    return list(itertools.accumulate(w.shape[1] for w in ws[:-1]))
+
+
 def _apart(wide: jax.Array, ws: Arrays) -> Arrays:
-    if len(ws) == 1:
-        return (wide,)
-    ends, end = [], 0
-    for w in ws[:-1]:
-        end += w.shape[1]
-        ends.append(end)
-    return tuple(jnp.split(wide, ends, axis=-1))
+    return (wide,) if len(ws) == 1 else tuple(jnp.split(wide, _ends(ws), axis=-1))
 
 
 def _rows(array: jax.Array) -> jax.Array:
@@ -191,11 +202,11 @@ def _backward(weight, act, group, grad, how, residuals, dys):
     x_codes, x_scale, w_codes, w_scale, (x_witness, w_witnesses), kept, key = residuals
     dtype = x_witness.dtype
     dy = _rows(_beside([d.astype(dtype) for d in dys]))
-    scaled = dy if w_scale is None else dy * w_scale
     rows = _rows(
         x_codes.astype(dtype) if x_scale is None else (x_codes.astype(jnp.float32) * x_scale).astype(dtype)
     )
-    dx, dw = GRADIENTS[grad](dy, scaled, rows, w_codes.astype(dtype), weight != "full", how, key)
+    codes = w_codes.astype(dtype)
+    dx, dw = GRADIENTS[grad](dy, w_scale, rows, codes, weight != "full", how, key, _ends(w_witnesses))
     parts = _apart(dw, w_witnesses)
     if kept is not None:
         parts = tuple(d * ESTIMATORS[weight](w, how) for d, w in zip(parts, kept, strict=True))

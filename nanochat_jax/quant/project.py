@@ -126,7 +126,7 @@ class Project:
         first = precisions[0]
         served = any(type(w) in SERVED for w in ws)
         joined = dispatch.backend() == "cpu" and not served and all(p == first for p in precisions)
-        if joined and first.grad == "full":  # FP4 blocks and scales of dy must not mix the roles
+        if joined and first.grad in ("full", "int8"):  # FP4 blocks and scales of dy must not mix the roles
             for role, w in zip(roles, ws, strict=True):
                 self._check(role, first, w)
             return tuple(matmul(x, ws, first.weight, first.act, self.group, first.grad, self.how))  # type: ignore[arg-type]

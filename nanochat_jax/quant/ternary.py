@@ -13,6 +13,7 @@ Source: arXiv:2402.17764, arXiv:2504.12285.
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax.kernels import magnitude
 from nanochat_jax.params import flatten
 from nanochat_jax.types import Metrics, Params
 
@@ -27,11 +28,11 @@ def scale(w: jax.Array, group: int = 0) -> jax.Array:
     Returns: [..., 1, 1], or [..., m/group, 1, n] for the view [..., m/group, group, n].
     The per-matrix scale is rounded to float16 precision, as stored formats carry it.
     """
-    magnitude = jnp.abs(w.astype(jnp.float32))
+    size = jnp.abs(w.astype(jnp.float32))
     if group:
-        grouped = magnitude.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
+        grouped = size.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
         return jnp.maximum(grouped.mean(-2, keepdims=True), FLOOR)
-    mean = magnitude.mean((-2, -1), keepdims=True)
+    mean = size.mean((-2, -1), keepdims=True)
     # reduce_precision, not a cast to float16 and back, which XLA may remove; 5 exponent bits
     # would flush tiny scales to zero, so only the mantissa is rounded.
     return jnp.maximum(jax.lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=10), FLOOR)
@@ -65,12 +66,14 @@ def int8_rows(x: jax.Array, axis: str | None = None) -> tuple[jax.Array, jax.Arr
     """Quantize each row of the last axis to 8 bits.
 
     Args: axis: inside shard_map, the mesh axis over which rows are split: all parts share one scale.
-    Returns: (q int8 in [-127, 127], inverse scale float32 [..., 1]) with x close to q * inverse.
+    Returns: (q int8 in [-127, 127], inverse scale float32 [..., 1]) with x close to q * inverse. A row
+    with NaN has the inverse NaN.
     """
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), -1, keepdims=True)
-    largest = largest if axis is None else jax.lax.pmax(largest, axis)
-    inverse = jnp.maximum(largest, 1e-5) / 127
+    largest = magnitude.row_largest(x)
+    if axis is not None:  # as integers, which do not lose a NaN either
+        largest = magnitude.as_float(jax.lax.pmax(magnitude.bits(largest), axis))
+    inverse = jnp.where(largest < 1e-5, 1e-5, largest) / 127
     return jnp.round(x * (1 / inverse)).astype(jnp.int8), inverse
 
 

@@ -66,11 +66,40 @@ def test_the_preset_reaches_every_block_matrix():
     assert {project.precision(role).grad for role in ("attn/q", "mlp/down")} == {"int8"}
     assert project.precision("head") == Precision() and len(project.ternary_roles()) == 7
     assert project.low_formats() == [] and project.spared() == project
-    # Roles keep their own products: rows of dy must not mix them.
-    x, ws = jnp.ones((4, 32)), (jnp.eye(32), jnp.ones((32, 16)))
-    each = [project(role, x, w) for role, w in zip(("attn/q", "attn/k"), ws, strict=True)]
-    for got, want in zip(project.several(("attn/q", "attn/k"), x, ws), each, strict=True):
-        np.testing.assert_array_equal(got, want)
+
+
+def pull(function, dy, *args):
+    def run(dy, *args):
+        y, pullback = jax.vjp(function, *args)
+        return y, *pullback(dy)
+
+    return jax.jit(run)(dy, *args)
+
+
+def test_roles_side_by_side_keep_their_own_scales():
+    """dx of one wide call is the sum of the roles' own, though one of them has gradients 1e6 times as large."""
+    project, roles = Project(PRESETS["ternary_int8"]), ("attn/q", "attn/k", "attn/v")
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(4, 32)), jnp.float32)
+    ws = tuple(jnp.asarray(rng.normal(size=(32, n)), jnp.float32) for n in (32, 16, 16))
+    ws = ws[0], ws[1].at[:16].set(0), ws[2]
+    sizes = (1e-3, 1e3, 1e-3)
+    dys = tuple(
+        jnp.asarray(rng.normal(size=(4, w.shape[1])) * s, jnp.float32) for w, s in zip(ws, sizes, strict=True)
+    )
+    own = [
+        pull(lambda x, w, role=role: project(role, x, w), dy, x, w)
+        for role, dy, w in zip(roles, dys, ws, strict=True)
+    ]
+
+    ys, dx, *dws = pull(lambda x, *ws: project.several(roles, x, ws), dys, x, *ws)
+    for y, dw, (own_y, _, own_dw) in zip(ys, dws, own, strict=True):
+        np.testing.assert_allclose(y, own_y, rtol=1e-6)  # each compiled in its own way
+        np.testing.assert_allclose(dw, own_dw, rtol=1e-5, atol=1e-5 * np.abs(own_dw).max())
+    parts = [np.asarray(d, np.float64) for _, d, _ in own]
+    np.testing.assert_allclose(dx, sum(parts), rtol=1e-5, atol=1e-3)
+    # Inputs that the large role does not read: with its scale the others' gradients would all be zero.
+    np.testing.assert_allclose(dx[:, :16], (parts[0] + parts[2])[:, :16], rtol=1e-4, atol=1e-7)
 
 
 def test_mistakes():
@@ -92,7 +121,7 @@ def test_on_gpus_int8_is_probed_and_wants_whole_sizes(monkeypatch):
     for name in integer.IMPLS:
         run = integer.IMPLS[name]
         monkeypatch.setitem(
-            integer.IMPLS, name, lambda q, t, name=name, run=run: (run(q, t), used.append(name))[0]
+            integer.IMPLS, name, lambda *args, name=name, run=run: (run(*args), used.append(name))[0]
         )
     rng = np.random.default_rng(0)
     for (M, K, N), carrier in (((16, 32, 48), "int8"), ((5, 32, 48), "bfloat16"), ((16, 32, 41), "bfloat16")):

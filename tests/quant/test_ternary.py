@@ -1,15 +1,18 @@
 """Ternary quantizers against float64 NumPy, and the straight-through matmul against its formula."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
-from nanochat_jax.kernels import integer
+from nanochat_jax.kernels import dispatch, integer
+from nanochat_jax.quant import pack, ternary
 from nanochat_jax.quant import project as projections
-from nanochat_jax.quant import ternary
 from nanochat_jax.quant.matmul import matmul
 
 
@@ -79,14 +82,69 @@ def test_int8_rows(key):
     assert not np.any(ternary.int8_rows(jnp.zeros((2, 4)))[0])
 
 
+@pytest.mark.parametrize("width", [40, 256])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_of_an_activation_reaches_its_whole_row(width, bad):
+    """Wherever it stands; and no other row, in training and from packed weights."""
+    x = np.random.default_rng(0).normal(size=(width, width)).astype(np.float32)
+    np.fill_diagonal(x[: width // 2], bad)
+    w = jax.random.normal(jax.random.key(1), (width, 16))
+    packed = pack.pack(*ternary.quantize_ternary(w))
+    for run in (lambda x: matmul(x, (w,), "ternary", "int8", 0)[0], lambda x: pack.matmul(x, packed)):
+        lost = ~np.isfinite(jax.jit(run)(jnp.asarray(x)))
+        assert lost[: width // 2].all() and not lost[width // 2 :].any()
+
+
+def test_nan_reaches_the_parts_of_a_split_row():
+    x = jnp.ones((2, 8)).at[0, 5].set(jnp.nan)
+    mesh = jax.make_mesh((2,), ("t",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    rows = functools.partial(ternary.int8_rows, axis="t")
+    out = (P(None, "t"), P())
+    inverse = jax.shard_map(rows, mesh=mesh, in_specs=P(None, "t"), out_specs=out)(x)[1]
+    np.testing.assert_array_equal(np.isnan(inverse), [[True], [False]])
+
+
 @pytest.mark.parametrize("impl", integer.IMPLS)
 @pytest.mark.parametrize("shape", [(5, 7, 3), (16, 8192, 4), (3, 4, 256, 32)])
-def test_every_carrier_gives_the_exact_integers(impl, shape):
+def test_every_carrier_gives_the_exact_integers(monkeypatch, impl, shape):
+    monkeypatch.setattr(dispatch, "whole", lambda: True)  # these arrays are
     rng = np.random.default_rng(0)
     q = rng.integers(-127, 128, shape[:-1]).astype(np.int8)
     t = rng.integers(-1, 2, shape[-2:]).astype(np.int8)
     exact = q.astype(np.int64) @ t.astype(np.int64)
     np.testing.assert_array_equal(integer.integer_matmul(jnp.asarray(q), jnp.asarray(t), impl=impl), exact)
+    turned = jnp.asarray(t.T.copy())
+    np.testing.assert_array_equal(
+        integer.integer_matmul(jnp.asarray(q), turned, impl=impl, transposed=True), exact
+    )
+
+
+def test_int8_products_on_cpu_are_not_widened(monkeypatch):
+    """Of a transposed operand, too, where the compiler takes int32 if left alone."""
+
+    def widened(product):
+        q, t = (jax.ShapeDtypeStruct(s, jnp.int8) for s in ((48, 64), (32, 64)))
+        return "s32[48,64]" in jax.jit(product).lower(q, t).compile().as_text()
+
+    monkeypatch.setattr(dispatch, "whole", lambda: True)
+    assert not widened(lambda q, t: integer.integer_matmul(q, t, impl="int8", transposed=True))
+    assert widened(lambda q, t: integer.integer_matmul(q, t.T, impl="int8"))
+
+
+def test_transposed_products_of_split_arrays(monkeypatch):
+    """No layout is asked of what may be split: another carrier multiplies. Inside a shard_map it is."""
+    monkeypatch.setattr(integer, "preferred", lambda: "int8")
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.integers(-127, 128, (16, 32)), jnp.int8)
+    t = jnp.asarray(rng.integers(-1, 2, (24, 32)), jnp.int8)
+    exact = np.asarray(q, np.int64) @ np.asarray(t, np.int64).T
+    with pytest.raises(ExceptionGroup, match="no implementation accepts"):
+        integer.integer_matmul(q, t, impl="int8", transposed=True)
+    np.testing.assert_array_equal(integer.integer_matmul(q, t, transposed=True), exact)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = functools.partial(integer.integer_matmul, impl="int8", transposed=True)
+    run = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    np.testing.assert_array_equal(jax.jit(run)(q, t), exact)
 
 
 def test_inexact_depth_is_refused_and_auto_finds_another():
