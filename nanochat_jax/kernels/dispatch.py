@@ -70,16 +70,19 @@ def backend() -> str:
     return jax.default_backend()
 
 
+def _mesh_kinds() -> set[jax.sharding.AxisType]:
+    """Kinds of the axes of the mesh in whose context the program is traced; empty without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return set() if mesh.empty else set(mesh.axis_types)
+
+
 def whole() -> bool:
     """Whether the arrays of the program being traced cannot be split over devices.
 
     True on one device, and inside a `jax.shard_map` over all axes of its mesh. Elsewhere a kernel is an
     opaque call to the compiler, which would gather its operands.
     """
-    if jax.device_count() == 1:
-        return True
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    return jax.device_count() == 1 or _mesh_kinds() == {jax.sharding.AxisType.Manual}
 
 
 def need_gpu(interpret: bool = False) -> None:
@@ -101,14 +104,15 @@ def pallas(name: str, interpret: bool) -> Any:
         raise NotImplementedError(f"this version of jax has no Pallas for Triton: {missing}") from missing
 
 
-def refuse(check: str) -> None:
+def refuse(check: str, placed: bool = False) -> None:
     """Say why a GPU kernel should not run in the program being traced.
 
-    Args: check: of `probe`, which is asked last.
+    Args: check: of `probe`, which is asked last. placed: the operands lie on one device by all that is known,
+    however many there are, unless the program is traced in the context of a mesh.
     Raises: NotImplementedError with the reason, if there is one.
     """
     need_gpu()
-    if not whole():
+    if not (whole() or (placed and not _mesh_kinds())):
         raise NotImplementedError(f"arrays may be split over {jax.device_count()} devices")
     if reason := probe(check):
         raise NotImplementedError(reason)

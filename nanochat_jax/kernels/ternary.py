@@ -89,16 +89,18 @@ def _pallas(x_MK, codes, scale, interpret=False) -> jax.Array:
 
 
 def _probed(x_MK, codes, scale) -> jax.Array:
-    """The Pallas kernel if it works on this device (probed once per process) and pays for this shape."""
+    """The Pallas kernel if it works on this device (probed once per process) and pays for this shape.
+
+    Packed leaves are what inference holds, on one device; one of several GPUs should not lose the kernel.
+    Whoever splits them multiplies inside a shard_map, or under a mesh in context, where plain XLA multiplies.
+    """
     dispatch.need_gpu()
     if x_MK.shape[0] > MAX_ROWS:
         raise NotImplementedError(f"{x_MK.shape[0]} rows: unpacking first is faster above {MAX_ROWS}")
     entry = tuning.entry(x_MK.dtype, x_MK.shape[0], codes.shape[0], x_MK.shape[1])
     if entry is not None and entry.get("impl") == "reference":
         raise NotImplementedError("measured slower than the reference for this shape")
-    reason = dispatch.probe("nanochat_jax.kernels.ternary:check_on_device")
-    if reason:
-        raise NotImplementedError(reason)
+    dispatch.refuse("nanochat_jax.kernels.ternary:check_on_device", placed=True)
     return _pallas(x_MK, codes, scale)
 
 

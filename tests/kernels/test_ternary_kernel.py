@@ -11,6 +11,8 @@ import pytest
 from cuda_lowering import cuda_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nanochat_jax.kernels import dispatch, ternary, ternary_pallas, tuning
 from nanochat_jax.kernels.tuning import Blocks
@@ -235,6 +237,41 @@ def test_a_passing_probe_selects_the_kernel(monkeypatch):
     monkeypatch.setattr(tuning, "table", lambda: measured)
     ternary.ternary_dot(*case(1, 16, 256)[::2])
     assert len(called) == 2
+
+
+def test_where_several_devices_are(monkeypatch):
+    """One of several GPUs runs the kernel on its own leaves, and so does each in a shard_map over all; under a
+    mesh in context, where the compiler may split operands that the kernel would gather, plain XLA runs."""
+    kinds = jax.sharding.AxisType
+    monkeypatch.setattr(dispatch, "backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "probe", lambda check: "")
+    called = []
+
+    def kernel(*arguments, **named):
+        called.append(arguments[0].shape)
+        return ternary._reference(*arguments)
+
+    monkeypatch.setattr(ternary, "_pallas", kernel)
+    x, t, codes = case(4, 16, 512)
+    exact = integers(x, t)
+    run = lambda x, codes: ternary.ternary_dot(x, codes)  # noqa: E731
+    assert jax.device_count() == 8
+    np.testing.assert_array_equal(jax.jit(run)(x, codes), exact)
+    assert called.pop() == (4, 512) and not called
+
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kinds.Auto,) * 2)
+    parts = {"in_specs": (P("data"), P("tensor")), "out_specs": P("data", "tensor"), "check_vma": False}
+    np.testing.assert_array_equal(jax.jit(jax.shard_map(run, mesh=mesh, **parts))(x, codes), exact)
+    assert called.pop() == (2, 512) and not called
+
+    places = (NamedSharding(mesh, P("data")), NamedSharding(mesh, P("tensor")))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, places[0]), jax.device_put(codes, places[1])
+        np.testing.assert_array_equal(jax.jit(lambda x, codes: run(x, codes))(*split), exact)
+    parts = {"in_specs": (P("data"), P()), "out_specs": P("data"), "check_vma": False}
+    some = jax.shard_map(lambda x, codes: run(x, codes), mesh=mesh, axis_names={"data"}, **parts)
+    np.testing.assert_array_equal(jax.jit(some)(x, codes), exact)
+    assert not called  # only some axes of the mesh are in the shard_map's hands
 
 
 def test_the_table_overrides_the_constants(tmp_path, monkeypatch):
