@@ -19,7 +19,7 @@ import compare  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("quant", nargs="+", help="values of model.quant")
     parser.add_argument("--blocks", type=int, default=5, help="blocks of each that count")
     parser.add_argument("--steps", type=int, default=3, help="steps per block")

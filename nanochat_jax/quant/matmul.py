@@ -84,7 +84,8 @@ def _fp8_gradients(dy, w_scale, x, w, exact, how, key, ends) -> tuple[jax.Array,
 def _int8_gradients(dy, w_scale, x, w, exact, how, key, ends) -> tuple[jax.Array, jax.Array]:
     # Each weight has its own product, so that rows of its dy keep their own scale; dw is joined.
     parts = (jnp.split(array, ends, axis=-1) for array in (_times(dy, w_scale), w))
-    return sum(int8.dgrad(*pair) for pair in zip(*parts, strict=True)), _dw(x, dy)
+    dx = functools.reduce(jnp.add, (int8.dgrad(*pair) for pair in zip(*parts, strict=True)))
+    return dx, _dw(x, dy)
 
 
 # Each slot: operand -> (codes, scale); the operand is close to codes * scale. None = no scale.
