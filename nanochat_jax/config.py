@@ -130,7 +130,7 @@ class ModelConfig:
     fp4: Fp4Config = field(default_factory=Fp4Config)
     dtype: str = "auto"  # compute dtype: auto = bfloat16 on GPU and TPU, float32 on CPU
     remat: str = "none"  # one of REMAT: what the backward pass recomputes
-    unroll: int = 0  # layers per step of the layer scan; 0 = all of them on CPU, else 1
+    unroll: int = 0  # layers per step of training's layer scan; 0 = all of them on CPU, else 1
 
 
 @dataclass(frozen=True)

@@ -512,7 +512,11 @@ def test_blocks_resolve(name):
         ({"infer__top_p": 0.0}, "'infer.top_p' must be in (0, 1]"),
         ({"infer__weights": "pakced"}, "'infer.weights' = 'pakced' is unknown"),
         ({"infer__weights": "packed"}, "needs ternary weights, but model.quant is 'full'"),
-        ({"infer__impl": "reference"}, "'infer.impl' has no effect because model.quant is 'full'"),
+        ({"infer__weights": "codes"}, "'infer.weights' = 'codes' needs ternary weights"),
+        (
+            {"infer__impl": "reference"},
+            "'infer.impl' has no effect because infer.weights is 'auto', not 'packed'",
+        ),
         ({"infer__draft_loops": 1}, "'infer.draft_loops' has no effect because infer.draft_tokens is 0"),
         ({"infer__draft_tokens": 2}, "'infer.draft_tokens' must be at most model.mtp.depth = 0, got 2"),
         ({"infer__draft_tokens": 2, "infer__draft_loops": 1}, "'infer.draft_loops' must be below"),

@@ -44,7 +44,8 @@ def fastest(impls: Mapping[str, Callable[..., Any]], arguments: Callable[[], tup
     of a jit trace, or inside one: the probe compiles and runs on concrete arrays either way.
     """
     with jax.ensure_compile_time_eval():
-        concrete = jax.tree.map(np.asarray, arguments())
+        # On the device, or each call would bring them there.
+        concrete = jax.block_until_ready(jax.device_put(jax.tree.map(np.asarray, arguments())))
     times = {}
     for name, function in impls.items():
         try:

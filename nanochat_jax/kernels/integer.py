@@ -18,8 +18,6 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from nanochat_jax.kernels import dispatch
 
 MAX_DEPTH = 2**24 // 127  # contraction length up to which float32 accumulation is exact
-
-
 MULTIPLE = 16  # of all sizes of an int8 product on a GPU
 
 
@@ -35,7 +33,7 @@ def _int8(q: jax.Array, t: jax.Array, transposed: bool = False) -> jax.Array:
     t = t.mT
     if dispatch.backend() == "cpu":
         # XLA's CPU backend (jax 0.10.2 and 0.12) would make the transposition a matter of layout, for which it
-        # has no int8 product, and widen both operands to int32: 6-12 times slower than writing it out.
+        # has no int8 product, and widen both operands to int32: 6 to 20 times slower than writing it out.
         if not dispatch.whole() and q.shape[-1] <= MAX_DEPTH:
             raise NotImplementedError("a layout cannot be asked of an array that may be split over devices")
         t = with_layout_constraint(t, Layout(tuple(range(t.ndim))))

@@ -30,9 +30,12 @@ def largest(x: jax.Array, axis: int | tuple[int, ...] | None = None, keepdims: b
 
 
 def row_largest(x: jax.Array) -> jax.Array:
-    """`largest` of each row, [..., 1]; x: float32 [..., n]. The same numbers, quicker on CPU."""
-    left = bits(x)
-    while dispatch.backend() == "cpu" and left.shape[-1] > SHORT and left.shape[-1] % 2 == 0:
+    """`largest` of each row, [..., 1]; x: float32 [..., n]. The same numbers, quicker on CPU.
+
+    Not of rows that may be split over devices: folding would send them, where a maximum sends one number.
+    """
+    left, folds = bits(x), dispatch.backend() == "cpu" and dispatch.whole()
+    while folds and left.shape[-1] > SHORT and left.shape[-1] % 2 == 0:
         half = left.shape[-1] // 2
         left = jnp.maximum(left[..., :half], left[..., half:])
     return as_float(jnp.max(left, -1, keepdims=True))

@@ -20,6 +20,7 @@ from nanochat_jax.kernels import attention, dispatch
 from nanochat_jax.model import block, collider, loop, mhc, mtp
 from nanochat_jax.model.layers import MLPS, rms_norm
 from nanochat_jax.params import ParamSpec
+from nanochat_jax.quant import ternary
 from nanochat_jax.quant.project import Project
 from nanochat_jax.types import Batch, KVCache, Output, Params
 
@@ -28,7 +29,7 @@ from nanochat_jax.types import Batch, KVCache, Output, Params
 GATHERING = (
     "optimization_barrier", "all_gather", "bitcast_convert_type", "convert_element_type", "concatenate"
 )  # fmt: skip
-STACKS = ("blocks", "value", "before", "after", "mtp")  # parts of the parameters with an axis of layers
+STACKS = (*ternary.STACKS, "value")  # parts of the parameters with an axis of layers
 Whole = Callable[[str, Params], Params] | None  # (stack, parts of one layer's weights) -> whole ones
 
 
@@ -371,7 +372,8 @@ def apart(params: Params) -> Params:
     """`params` for inference, every layer's weights as arrays of their own: a tuple of trees for each stack.
 
     A layer that is cut out of a stack is copied first: weights that serve would be read and written in every
-    step. `forward` runs such layers one after the other, written out.
+    step. `forward` runs such layers one after the other, written out whatever model.unroll says. For the
+    moment of the call each stack exists twice.
     """
     stacks = {name: _each(tree, _depth(tree)) for name, tree in params.items() if name in STACKS}
     return params | {name: tuple(layers) for name, layers in stacks.items()}
@@ -417,7 +419,7 @@ def _stack_singly(run, x, x0, layers, kv):
         p = {**layer["blocks"], "value": layer["value"] or None}
         return run(0, x, x0, p, None if kv is None else kv(i))
 
-    numbers = None if kv is None else jnp.arange(len(layers["blocks"]["attn"]["q"]))
+    numbers = None if kv is None else jnp.arange(layers["blocks"]["attn"]["q"].shape[0])
     return jax.lax.scan(body, x, (numbers, layers))
 
 

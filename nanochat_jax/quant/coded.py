@@ -11,6 +11,7 @@ Source: arXiv:2504.12285 (inference from codes).
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,11 @@ def carrier(rows: int, inputs: int, outputs: int) -> str:
     return dispatch.fastest({name: product(name) for name in integer.IMPLS}, arguments, runs=20)
 
 
+def _carriers(first: str) -> dict[str, Callable]:
+    """All of them, this one first: sizes that it refuses go to the next."""
+    return {first: integer.IMPLS[first], **integer.IMPLS}
+
+
 def code_params(params: Params, roles: tuple[str, ...], group: int, dtype: str) -> Params:
     """`params` with the block matrices that the roles name quantized, their codes in `dtype`.
 
@@ -98,7 +104,7 @@ def matmul(x: jax.Array, w: CodedTernary, act: str = "int8") -> jax.Array:
     if w.scale is None or inverse is None:
         y = jnp.matmul(rows.astype(x.dtype), w.codes.astype(x.dtype))
     else:
-        y = integer.integer_matmul(rows, w.codes, impl=w.codes.dtype.name)
+        y = dispatch.first(_carriers(w.codes.dtype.name), "auto", rows, w.codes)
     # The order of the training forward, acc * (gamma * inverse), whose bits this must give.
     factor = w.scale
     if inverse is not None:

@@ -166,14 +166,12 @@ def validate_run(c: Config) -> None:
         unused("infer", i, "model.loop.count is 1", ("loop_cache",))
     choice("infer.weights", i.weights, ("auto", "full", "codes", "packed"))
     choice("infer.impl", i.impl, ("auto", "pallas", "reference"))
-    ternary = c.model.quant.startswith("ternary")
-    if i.weights in ("codes", "packed") and not ternary:
+    if i.weights in ("codes", "packed") and not c.model.quant.startswith("ternary"):
         raise ConfigError(
             f"'infer.weights' = '{i.weights}' needs ternary weights, but model.quant is '{c.model.quant}'"
         )
-    if i.impl != "auto" and not (ternary and i.weights in ("auto", "packed")):
-        why = f"infer.weights is '{i.weights}'" if ternary else f"model.quant is '{c.model.quant}'"
-        raise ConfigError(f"'infer.impl' has no effect because {why}")
+    if i.impl != "auto" and i.weights != "packed":
+        raise ConfigError(f"'infer.impl' has no effect because infer.weights is '{i.weights}', not 'packed'")
     _validate_drafts(c)
 
 

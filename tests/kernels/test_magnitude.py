@@ -23,10 +23,11 @@ def test_largest_of_a_row(width, seed):
     np.testing.assert_array_equal(magnitude.largest(x, -1, keepdims=True), want)
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_rows_are_folded_on_cpu_only(monkeypatch, device):
+@pytest.mark.parametrize(("device", "whole"), [("cpu", True), ("cpu", False), ("gpu", True)])
+def test_whole_rows_are_folded_on_cpu_only(monkeypatch, device, whole):
     monkeypatch.setattr(dispatch, "backend", lambda: device)
+    monkeypatch.setattr(dispatch, "whole", lambda: whole)
     x = np.arange(-300.0, 300.0, dtype=np.float32).reshape(2, 300)
     np.testing.assert_array_equal(magnitude.row_largest(x), [[300.0], [299.0]])
     folded = "max" in [str(e.primitive) for e in jax.make_jaxpr(lambda x: magnitude.row_largest(x))(x).eqns]
-    assert folded == (device == "cpu")
+    assert folded == (device == "cpu" and whole)

@@ -11,7 +11,8 @@ import pytest
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import BLOCKS, InferConfig, LoopConfig, ModelConfig, MtpConfig
 from nanochat_jax.inference import cache as caches
-from nanochat_jax.inference import engine, load
+from nanochat_jax.inference import engine, load, speculative
+from nanochat_jax.kernels import dispatch, integer
 from nanochat_jax.model import transformer
 from nanochat_jax.quant import coded, matmul, ternary
 from nanochat_jax.quant import project as projections
@@ -21,7 +22,7 @@ CFG = ModelConfig(
     **BLOCKS["modern"],
 )  # fmt: skip
 LOOPED = dataclasses.replace(
-    CFG, layers=1, loop=LoopConfig(count=2, before=1, after=1), mtp=MtpConfig(depth=1), value_embed_every=0
+    CFG, layers=1, loop=LoopConfig(count=2, before=2, after=1), mtp=MtpConfig(depth=1), value_embed_every=0
 )
 
 
@@ -72,9 +73,25 @@ def test_what_cannot_be_multiplied_is_refused():
         coded.matmul(jnp.ones((1, 32)), leaf, "nvfp4")
 
 
-def test_the_carrier_is_one_that_works_and_is_asked_once():
-    name = coded.carrier(2, 64, 32)
-    assert name in ("int8", "bfloat16", "float32") and coded.carrier(2, 64, 32) == name
+def test_the_carrier_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        dispatch, "fastest", lambda impls, arguments, runs: asked.append(arguments()) or "int8"
+    )
+    assert coded.carrier(2, 48, 32) == coded.carrier(2, 48, 32) == "int8"
+    ((q, codes),) = asked
+    assert q.shape == (2, 48) and set(codes) == set(integer.IMPLS)
+    assert all(t.dtype == name and t.shape == (48, 32) for name, ts in codes.items() for t in ts)
+
+
+def test_a_refused_carrier_leaves_the_product_to_the_next(monkeypatch):
+    def refuses(q, t):
+        raise NotImplementedError("sizes are no multiples of 16")
+
+    w, x = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(64, 8), (3, 64)]))
+    want = coded.matmul(x, coded._code(w, 0, "int8"))
+    monkeypatch.setitem(integer.IMPLS, "int8", refuses)
+    np.testing.assert_array_equal(coded.matmul(x, coded._code(w, 0, "int8")), want)
 
 
 @pytest.mark.parametrize("cfg", [CFG, LOOPED], ids=["modern", "loops"])
@@ -90,8 +107,7 @@ def test_layers_apart_give_the_same_logits(cfg):
     run = jax.jit(lambda p: transformer.forward(cfg, project, p, batch).hidden)
     np.testing.assert_allclose(run(apart), run(params), atol=1e-5)
     swapped = {name: tuple(reversed(v)) if isinstance(v, tuple) else v for name, v in apart.items()}
-    if cfg.layers > 1:
-        assert np.abs(run(swapped) - run(params)).max() > 1e-3
+    assert np.abs(run(swapped) - run(params)).max() > 1e-3
 
 
 def test_a_step_reads_each_weight_once():
@@ -116,6 +132,30 @@ def test_a_step_reads_each_weight_once():
     )
     assert moved(served) < 1.3 * size(served)
     assert moved(params) > 2 * size(params)
+
+
+@pytest.mark.parametrize("weights", ["codes", "packed"])
+def test_more_layers_than_are_written_out_stay_stacked(monkeypatch, weights):
+    monkeypatch.setattr(load, "WRITTEN_OUT", 0)
+    cfg = dataclasses.replace(CFG, unroll=1, value_embed_every=0)
+    params = params_of(cfg)
+    served = load.served(cfg, params, InferConfig(weights=weights))
+    assert served["blocks"]["attn"]["q"].shape == params["blocks"]["attn"]["q"].shape
+    run = jax.jit(lambda p: engine.decode(cfg, p, jnp.array([5]), caches.allocate(cfg, 1, 16))[0][0, :100])
+    want, got = run(params), run(served)
+    assert float(jnp.std(got - want)) < 0.02 * float(jnp.std(want))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loops", [0, 1], ids=["layers", "loops"])
+@pytest.mark.parametrize("weights", ["codes", "packed"])
+def test_drafts_of_served_weights_leave_the_text(weights, loops):
+    params = params_of(LOOPED)
+    plain = InferConfig(max_tokens=8, temperature=0.0, capacity=32, weights=weights)
+    served = load.served(LOOPED, params, plain)
+    want = list(engine.generate(LOOPED, served, [5, 7, 11], plain, jax.random.key(0)))
+    drafting = dataclasses.replace(plain, draft_tokens=1, draft_loops=loops)
+    assert list(speculative.generate(LOOPED, served, [5, 7, 11], drafting, jax.random.key(0))) == want
 
 
 @pytest.mark.slow
