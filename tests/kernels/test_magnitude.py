@@ -1,5 +1,7 @@
 """Maxima of rows against NumPy, whose maxima keep NaN."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ def test_largest_of_a_row(width, seed):
     for special in (np.inf, -np.inf, np.nan, -np.nan, -0.0):
         x[rng.integers(2), rng.integers(3), rng.integers(width)] = special
     want = np.abs(x).max(-1, keepdims=True)
-    np.testing.assert_array_equal(jax.jit(magnitude.row_largest)(x), want)
+    for whole in (True, False):
+        with mock.patch.object(dispatch, "whole", lambda whole=whole: whole):
+            np.testing.assert_array_equal(jax.jit(lambda x: magnitude.row_largest(x))(x), want)
     np.testing.assert_array_equal(magnitude.largest(x, -1, keepdims=True), want)
 
 
