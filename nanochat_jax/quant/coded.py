@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from nanochat_jax import params as params_lib
 from nanochat_jax.kernels import dispatch, integer
 from nanochat_jax.quant import ternary
 from nanochat_jax.types import Params
@@ -77,10 +76,7 @@ def code_params(params: Params, roles: tuple[str, ...], group: int, dtype: str) 
     `carrier`, or with groups a floating one.
     Returns: a new tree; every other leaf is shared with the old one.
     """
-    chosen = ternary.select(params, roles)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: _code(w, group, dtype) if params_lib.path_name(path) in chosen else w, params
-    )
+    return ternary.replaced(params, roles, lambda w: _code(w, group, dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -105,8 +101,4 @@ def matmul(x: jax.Array, w: CodedTernary, act: str = "int8") -> jax.Array:
         y = jnp.matmul(rows.astype(x.dtype), w.codes.astype(x.dtype))
     else:
         y = dispatch.first(_carriers(w.codes.dtype.name), "auto", rows, w.codes)
-    # The order of the training forward, acc * (gamma * inverse), whose bits this must give.
-    factor = w.scale
-    if inverse is not None:
-        factor = inverse if factor is None else factor * inverse
-    return (y if factor is None else y * factor).astype(x.dtype)
+    return ternary.rescaled(y, w.scale, inverse, x.dtype)

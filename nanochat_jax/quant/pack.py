@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from nanochat_jax import params as params_lib
 from nanochat_jax.kernels import ternary as kernels
 from nanochat_jax.quant import ternary
 from nanochat_jax.types import Params
@@ -72,10 +71,7 @@ def pack_params(params: Params, roles: tuple[str, ...], group: int = 0, impl: st
     Args: roles: e.g. `Project.ternary_roles()`. group: inputs per scale, 0 = one scale per matrix.
     Returns: a new tree; every other leaf is shared with the old one.
     """
-    chosen = ternary.select(params, roles)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: _pack_stack(w, group, impl) if params_lib.path_name(path) in chosen else w, params
-    )
+    return ternary.replaced(params, roles, lambda w: _pack_stack(w, group, impl))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -99,8 +95,4 @@ def matmul(x: jax.Array, w: PackedTernary, act: str = "int8", axis: str | None =
     codes, inverse = ternary.int8_rows(x, axis) if act == "int8" else (x, None)
     y = kernels.ternary_dot(codes, w.codes, w.scale if w.grouped else None, impl=w.impl)
     y = y if axis is None else jax.lax.psum(y, axis)
-    # The order of the training forward, acc * (gamma * inverse), whose bits this must give.
-    factor = None if w.grouped else w.scale
-    if inverse is not None:
-        factor = inverse if factor is None else factor * inverse
-    return (y if factor is None else y * factor).astype(x.dtype)
+    return ternary.rescaled(y, None if w.grouped else w.scale, inverse, x.dtype)
