@@ -232,15 +232,9 @@ def inference(
     def engine(weights: str, rows: int, drafts: tuple[int, int] = (0, 0)) -> Engine:
         infer = dataclasses.replace(cfg.infer, weights=weights, impl="auto")
         return Engine(
-            cfg.model,
-            load.placed(cfg.model, params, infer, rows),
-            known,
-            rows,
-            capacity,
-            64,
-            draft_tokens=drafts[0],
-            draft_loops=drafts[1],
-        )
+            cfg.model, load.placed(cfg.model, params, infer, rows), known, rows, capacity, 64,
+            draft_tokens=drafts[0], draft_loops=drafts[1],
+        )  # fmt: skip
 
     rows = []
     for weights in kinds:

@@ -26,12 +26,12 @@ def _part(a, number, start, size):
     return jax.lax.dynamic_slice(a, [jnp.int32(i) for i in at], shape).reshape(shape[len(number) :])
 
 
-def _own_scores(q_BLGHK, k_BLGK, window):
+def _own_scores(q_BLGHK, k_BGLK, window):
     """Scaled scores [B, G, H, L, L] of the new tokens among themselves, masked."""
     index = jnp.arange(q_BLGHK.shape[1], dtype=jnp.int32)
     distance = index[:, None] - index[None]
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
-    return jnp.where(seen[None, None, None], _scores(q_BLGHK, jnp.swapaxes(k_BLGK, 1, 2)), MASKED)
+    return jnp.where(seen[None, None, None], _scores(q_BLGHK, k_BGLK), MASKED)
 
 
 def _scores(q_BLGHK, k_BGTK):
@@ -55,27 +55,25 @@ def _values(shares_BGHLT, v_BGTK):
     return jnp.einsum("bghlt,bgtk->bghlk", shares, v_BGTK, preferred_element_type=jnp.float32)
 
 
-def _reference(q_BLGHK, k_BLGK, v_BLGK, keys, values, number, length_B, window):
+def _reference(q_BLGHK, k_BGLK, v_BGLK, keys, values, number, length_B, window):
     T = keys.shape[-2]
     old_k, old_v = (_part(a, number, 0, T) for a in (keys, values))
     seen = _seen(jnp.arange(T, dtype=jnp.int32), length_B, q_BLGHK.shape[1], window)
     old = jnp.where(seen, _scores(q_BLGHK, old_k.astype(q_BLGHK.dtype)), MASKED)
-    shares = jax.nn.softmax(jnp.concatenate([old, _own_scores(q_BLGHK, k_BLGK, window)], -1), -1)
-    return _values(shares[..., :T], old_v.astype(v_BLGK.dtype)) + _values(
-        shares[..., T:], jnp.swapaxes(v_BLGK, 1, 2)
-    )
+    shares = jax.nn.softmax(jnp.concatenate([old, _own_scores(q_BLGHK, k_BGLK, window)], -1), -1)
+    return _values(shares[..., :T], old_v.astype(v_BGLK.dtype)) + _values(shares[..., T:], v_BGLK)
 
 
-def _blocked(q_BLGHK, k_BLGK, v_BLGK, keys, values, number, length_B, window):
+def _blocked(q_BLGHK, k_BGLK, v_BGLK, keys, values, number, length_B, window):
     if dispatch.backend() != "cpu":
         raise NotImplementedError("made for CPUs")
     T = keys.shape[-2]
     size = min(BLOCK, T)
-    own = _own_scores(q_BLGHK, k_BLGK, window)
+    own = _own_scores(q_BLGHK, k_BGLK, window)
     # Every token sees itself: from here on the largest score is a true one, and masked ones count nothing.
     most = jnp.max(own, -1, keepdims=True)
     shares = jnp.exp(own - most)
-    found = (most, jnp.sum(shares, -1, keepdims=True), _values(shares, jnp.swapaxes(v_BLGK, 1, 2)))
+    found = (most, jnp.sum(shares, -1, keepdims=True), _values(shares, v_BGLK))
 
     def add(i, found):
         most, total, y = found
@@ -118,6 +116,7 @@ def attend(
     B, L, H, K = q_BLHK.shape
     G = k_BLGK.shape[2]
     q_BLGHK = q_BLHK.reshape(B, L, G, H // G, K)
-    arguments = (q_BLGHK, k_BLGK, v_BLGK, keys, values, number, length_B, window)
+    k_BGLK, v_BGLK = (jnp.swapaxes(a, 1, 2) for a in (k_BLGK, v_BLGK))  # as the cache holds them
+    arguments = (q_BLGHK, k_BGLK, v_BGLK, keys, values, number, length_B, window)
     y_BGHLK = dispatch.first(IMPLS, impl, *arguments)
     return jnp.moveaxis(y_BGHLK, 3, 1).reshape(B, L, H, K).astype(v_BLGK.dtype)

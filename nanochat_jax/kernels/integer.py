@@ -79,14 +79,16 @@ def preferred() -> str:
     return dispatch.fastest(IMPLS, arguments)
 
 
-def integer_matmul(q: jax.Array, t: jax.Array, *, impl: str = "auto", transposed: bool = False) -> jax.Array:
+def integer_matmul(
+    q: jax.Array, t: jax.Array, *, impl: str = "auto", transposed: bool = False, prefer: str = ""
+) -> jax.Array:
     """q @ t with exact accumulation, or q @ t^T.
 
     Args: q: int8 [..., m]. t: int8 [m, n], or [n, m] if transposed. impl: "auto" (the probed carrier) or a
-    name in IMPLS.
+    name in IMPLS. prefer: the carrier that "auto" tries first; "" = the probed one.
     Returns: float32 [..., n] holding exact integers (for m <= 132104).
     """
-    order = [preferred(), *IMPLS] if impl == "auto" else [impl]
+    order = [prefer or preferred(), *IMPLS] if impl == "auto" else [impl]
     return dispatch.first({name: IMPLS[name] for name in order}, "auto", q, t, transposed)
 
 

@@ -375,12 +375,10 @@ def apart(params: Params) -> Params:
     step. `forward` runs such layers one after the other, written out whatever model.unroll says. For the
     moment of the call each stack exists twice.
     """
-    stacks = {name: _each(tree, _depth(tree)) for name, tree in params.items() if name in STACKS}
-    return params | {name: tuple(layers) for name, layers in stacks.items()}
-
-
-def _depth(tree: Params) -> int:
-    return jax.tree.leaves(tree)[0].shape[0]
+    stacks = {name: params[name] for name in STACKS if name in params}
+    return params | {
+        name: tuple(_each(tree, jax.tree.leaves(tree)[0].shape[0])) for name, tree in stacks.items()
+    }
 
 
 def _stack(cfg: ModelConfig, run, x, x0, layers, kv):

@@ -11,7 +11,6 @@ Source: arXiv:2504.12285 (inference from codes).
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +63,6 @@ def carrier(rows: int, inputs: int, outputs: int) -> str:
     return dispatch.fastest({name: product(name) for name in integer.IMPLS}, arguments, runs=20)
 
 
-def _carriers(first: str) -> dict[str, Callable]:
-    """All of them, this one first: sizes that it refuses go to the next."""
-    return {first: integer.IMPLS[first], **integer.IMPLS}
-
-
 def code_params(params: Params, roles: tuple[str, ...], group: int, dtype: str) -> Params:
     """`params` with the block matrices that the roles name quantized, their codes in `dtype`.
 
@@ -100,5 +94,5 @@ def matmul(x: jax.Array, w: CodedTernary, act: str = "int8") -> jax.Array:
     if w.scale is None or inverse is None:
         y = jnp.matmul(rows.astype(x.dtype), w.codes.astype(x.dtype))
     else:
-        y = dispatch.first(_carriers(w.codes.dtype.name), "auto", rows, w.codes)
+        y = integer.integer_matmul(rows, w.codes, prefer=w.codes.dtype.name)
     return ternary.rescaled(y, w.scale, inverse, x.dtype)

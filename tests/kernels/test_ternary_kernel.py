@@ -219,7 +219,9 @@ def test_the_check_of_the_probe(monkeypatch):
         ternary.check_on_device()
 
 
-def test_a_passing_probe_selects_the_kernel(monkeypatch):
+def kernel_on_a_gpu(monkeypatch):
+    """As on a GPU whose probe passes, the reference in the kernel's place. Returns the list of the rows' shapes
+    that it is called with."""
     monkeypatch.setattr(dispatch, "backend", lambda: "gpu")
     monkeypatch.setattr(dispatch, "probe", lambda check: "")
     called = []
@@ -229,6 +231,11 @@ def test_a_passing_probe_selects_the_kernel(monkeypatch):
         return ternary._reference(*arguments)
 
     monkeypatch.setattr(ternary, "_pallas", kernel)
+    return called
+
+
+def test_a_passing_probe_selects_the_kernel(monkeypatch):
+    called = kernel_on_a_gpu(monkeypatch)
     for rows in (1, 256, 257):  # above 256 rows unpacking first is faster
         x, _, codes = case(rows, 16, 256)
         ternary.ternary_dot(x, codes)
@@ -243,15 +250,7 @@ def test_where_several_devices_are(monkeypatch):
     """One of several GPUs runs the kernel on its own leaves, and so does each in a shard_map over all; under a
     mesh in context, where the compiler may split operands that the kernel would gather, plain XLA runs."""
     kinds = jax.sharding.AxisType
-    monkeypatch.setattr(dispatch, "backend", lambda: "gpu")
-    monkeypatch.setattr(dispatch, "probe", lambda check: "")
-    called = []
-
-    def kernel(*arguments, **named):
-        called.append(arguments[0].shape)
-        return ternary._reference(*arguments)
-
-    monkeypatch.setattr(ternary, "_pallas", kernel)
+    called = kernel_on_a_gpu(monkeypatch)
     x, t, codes = case(4, 16, 512)
     exact = integers(x, t)
     run = lambda x, codes: ternary.ternary_dot(x, codes)  # noqa: E731

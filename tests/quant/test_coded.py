@@ -85,7 +85,7 @@ def test_the_carrier_is_asked_once(monkeypatch):
 
 
 def test_a_refused_carrier_leaves_the_product_to_the_next(monkeypatch):
-    def refuses(q, t):
+    def refuses(*operands):
         raise NotImplementedError("sizes are no multiples of 16")
 
     w, x = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(64, 8), (3, 64)]))
