@@ -4,11 +4,16 @@ With c(d) the seconds of a step with d drafts and a_k the share of k-th drafts t
 before them were, a step yields 1 + sum_{k <= d} a_1 .. a_k tokens; taken is the d with the most tokens per
 second, and none at all (d = 0, plain decoding) if that is the best. Times decide about time only: a text
 does not depend on them, see inference/speculative.py.
+
+The lengths are tried in turns, so that a busy moment of the machine meets all of them, and the decision
+hopes: a_k counts one draft more than was seen as right. Who drafts too much soon sees it, but who has
+stopped sees nothing more.
 """
 
+import statistics
 from typing import NamedTuple
 
-RUNS = 3  # measured steps of each length; the shortest counts, so that a compilation among them does not
+RUNS = 8  # measured steps of each length; their median counts, so that a compilation among them does not
 RENEW = 1024  # steps after which they are measured anew
 FORGET = 1 / 64  # weight of the newest step in the shares
 
@@ -32,30 +37,31 @@ def start(most: int) -> Pace:
 
 def wanted(pace: Pace) -> tuple[int, bool]:
     """(drafts of the next step, whether its time shall be measured: dispatched alone and waited for)."""
-    for length, seconds in zip(pace.lengths, pace.seconds, strict=True):
-        if len(seconds) < RUNS:
-            return length, True
+    measured = [len(seconds) for seconds in pace.seconds]
+    if min(measured) < RUNS:
+        return pace.lengths[measured.index(min(measured))], True
     return max(pace.lengths, key=lambda length: (rate(pace, length), -length)), False
 
 
 def rate(pace: Pace, length: int) -> float:
-    """Tokens per second and row with so many drafts, as far as is known."""
-    cost = min(pace.seconds[pace.lengths.index(length)])
-    return expected(pace, length) / max(cost, 1e-9)
+    """Tokens per second and row with so many drafts, as far as is known and hoped."""
+    cost = statistics.median(pace.seconds[pace.lengths.index(length)])
+    hoped = tuple((r + 1.0) / (t + 1.0) for r, t in zip(pace.right, pace.tried, strict=True))
+    return expected(hoped[:length]) / max(cost, 1e-9)
 
 
-def expected(pace: Pace, length: int) -> float:
-    """Tokens per step and row."""
+def expected(shares: tuple[float, ...]) -> float:
+    """Tokens per step and row when the k-th draft is right in a_k of the cases where all before it are."""
     tokens = every = 1.0
-    for share in shares(pace)[:length]:
+    for share in shares:
         every *= share
         tokens += every
     return tokens
 
 
 def shares(pace: Pace) -> tuple[float, ...]:
-    """a_k by place k = 1.., from one half on where nothing was seen."""
-    return tuple((r + 0.5) / (t + 1.0) for r, t in zip(pace.right, pace.tried, strict=True))
+    """a_k by place k = 1.. as seen; 0 where nothing was."""
+    return tuple(r / t if t else 0.0 for r, t in zip(pace.right, pace.tried, strict=True))
 
 
 def seen(pace: Pace, length: int, counts: list[int], seconds: float | None = None) -> Pace:
@@ -88,5 +94,5 @@ def line(pace: Pace) -> str:
     most = max(length, 1) if not measuring else len(found)
     return (
         f"{', '.join(found)} of the drafts came true (first place first), "
-        f"{expected(pace, most):.2f} tokens per step with {most}{now}"
+        f"{expected(shares(pace)[:most]):.2f} tokens per step with {most}{now}"
     )

@@ -291,15 +291,16 @@ def _hand_out(
         seconds = None if oldest.began is None else time.perf_counter() - oldest.began
         seen = pace.seen(seen, oldest.drafts, [int(read.count[row]) for row, _, _ in oldest.rows], seconds)
         observe("drafts", oldest.drafts)
-        for place, share in enumerate(pace.shares(seen)[: oldest.drafts], 1):
-            observe(f"accepted_{place}", share)
+        for place in range(oldest.drafts):
+            if seen.tried[place]:
+                observe(f"accepted_{place + 1}", pace.shares(seen)[place])
+    draws = [device.Drawn(*each) for each in zip(*read.drawn, strict=True)]
     for row, slot, job in oldest.rows:
         if table.jobs[slot] is job:
             table.draws[slot] += int(read.count[row]) - 1
-        for k in range(read.count[row]):
+        for drawn in draws[: read.count[row]]:
             if table.jobs[slot] is not job:
                 break  # the answer has ended meanwhile: drawn too many
-            drawn = jax.tree.map(lambda a, k=k: a[k], read.drawn)
             if drawn.depth[row]:
                 observe("depth", float(drawn.depth[row]))
             _hear(table, slot, job, _token(drawn, row, job.request.top), bool(drawn.finite[row]), observe)

@@ -29,7 +29,9 @@ class Row(NamedTuple):
 
     token: jax.Array  # int32 [B], drawn last, not yet in the cache
     draws: jax.Array  # int32 [B], tokens drawn so far
-    key: jax.Array  # [B], of the request
+    key: (
+        jax.Array
+    )  # uint32 [B, 2], `jax.random.key_data` of the request's: arrays of keys are dispatched slowly
     controls: Controls
     seen: jax.Array  # bool [B, V], id in prompt or answer
     times: jax.Array  # int32 [B, V], how often in the answer
@@ -59,9 +61,8 @@ def allocate(cfg: ModelConfig, slots: int, capacity: int, future: bool = False) 
     future: see `cache.allocate`."""
     V = padded_vocab(cfg)
     nothing = jnp.zeros((slots,), jnp.int32)
-    keys = jax.random.split(jax.random.key(0), slots)
     row = Row(
-        nothing, nothing + 0, keys, neutral(slots), jnp.zeros((slots, V), bool),
+        nothing, nothing + 0, jnp.zeros((slots, 2), jnp.uint32), neutral(slots), jnp.zeros((slots, V), bool),
         jnp.zeros((slots, V), jnp.int32), jnp.zeros((slots, V), jnp.float32),
     )  # fmt: skip
     return Slots(caches.allocate(cfg, slots, capacity, future=future), row)
@@ -71,10 +72,12 @@ def allocate(cfg: ModelConfig, slots: int, capacity: int, future: bool = False) 
 def admit(slots: Slots, slot: jax.Array, key: Key, controls: Controls, seen_V, bias_V) -> Slots:
     """Give slot `slot` (int32 []) to a request; its cache follows with `fill`. Donates `slots`.
 
-    Args: controls: scalars. seen: bool [V], ids of the prompt. bias: float32 [V].
+    Args: key: of threefry2x32. controls: scalars. seen: bool [V], ids of the prompt. bias: float32 [V].
     """
     zero = jnp.int32(0)
-    new = Row(zero, zero, key, controls, seen_V, jnp.zeros_like(slots.row.times[0]), bias_V)
+    new = Row(
+        zero, zero, jax.random.key_data(key), controls, seen_V, jnp.zeros_like(slots.row.times[0]), bias_V
+    )
     return slots._replace(row=_put(slots.row, slot, jax.tree.map(lambda a: a[None], new)))
 
 
@@ -142,7 +145,8 @@ def noise(row: Row, ahead: int, live_B: jax.Array) -> jax.Array:
 
     def made() -> jax.Array:
         V = row.seen.shape[-1]
-        return jax.vmap(lambda key, i: gumbel(jax.random.fold_in(key, i), V))(row.key, row.draws + ahead)
+        keys = jax.random.wrap_key_data(row.key, impl="threefry2x32")
+        return jax.vmap(lambda key, i: gumbel(jax.random.fold_in(key, i), V))(keys, row.draws + ahead)
 
     random = jnp.any(live_B & (row.controls.temperature > 0))
     return jax.lax.cond(random, made, lambda: jnp.zeros(row.seen.shape, jnp.float32))

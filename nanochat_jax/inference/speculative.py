@@ -60,8 +60,9 @@ class Steps(NamedTuple):
 
 
 def window(cfg: ModelConfig) -> int:
-    """W: after a step with M drafts all that may be wrong, and some plain steps."""
-    return 2 * cfg.mtp.depth + pace.RUNS
+    """W: after a step with M drafts all that may be wrong, and some plain steps: lengths are tried in turns,
+    so that there is one between two others, and a second may be under way."""
+    return 2 * cfg.mtp.depth + 3
 
 
 def room(cfg: ModelConfig, drafts: int) -> int:

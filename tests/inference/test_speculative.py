@@ -159,7 +159,7 @@ def test_the_exact_distribution_by_enumeration(kind, monkeypatch):
     table = jnp.asarray([[*g, 0, 0, 0, 0] for _, g in rows], jnp.float32)
 
     def noise(row, ahead):
-        number = jax.random.key_data(row.key)[:, 1].astype(jnp.int32)
+        number = row.key[:, 1].astype(jnp.int32)
         g = table[number, jnp.minimum(row.draws + ahead, n + 3)]
         return jnp.zeros(row.seen.shape, jnp.float32).at[:, 0].set(g)
 
@@ -294,9 +294,9 @@ def test_pace_measures_first_and_again():
     assert seen.lengths == (0, 1, 2, 4) and pace.start(1).lengths == (0, 1) and pace.line(seen) == ""
     for k in range(4 * pace.RUNS):
         length, timed = pace.wanted(seen)
-        assert timed and length == seen.lengths[k // pace.RUNS]
-        seen = pace.seen(seen, length, [length + 1], 9.0 if k % pace.RUNS == 0 else 1.0)  # one compiled
-    assert pace.wanted(seen) == (4, False) and min(seen.seconds[3]) == 1.0
+        assert timed and length == seen.lengths[k % 4]  # in turns
+        seen = pace.seen(seen, length, [length + 1], 9.0 if k < 4 else 1.0)  # the first ones compiled
+    assert pace.wanted(seen) == (4, False) and pace.rate(seen, 4) == 5.0
     for _ in range(pace.RENEW):
         seen = pace.seen(seen, 4, [1])
     assert pace.wanted(seen) == (0, True)
@@ -315,5 +315,20 @@ def test_shares_are_those_of_recent_steps(steps):
                 tried[k] = tried[k] * (1 - pace.FORGET) + len(reached)
     np.testing.assert_allclose(seen.right, right, rtol=1e-9)
     np.testing.assert_allclose(seen.tried, tried, rtol=1e-9)
-    assert 1 <= pace.expected(seen, 3) <= 4
-    np.testing.assert_allclose(pace.expected(seen, 1), 1 + (right[0] + 0.5) / (tried[0] + 1))
+    shares = pace.shares(seen)
+    np.testing.assert_allclose(shares, np.divide(right, tried, where=tried > 0, out=np.zeros(3)), rtol=1e-9)
+    np.testing.assert_allclose(pace.expected(shares), 1 + np.sum(np.cumprod(shares)), rtol=1e-9)
+
+
+def test_pace_hopes_where_little_was_seen():
+    """With what few drafts leave open, drafting goes on; many that fail end it."""
+    seen = pace.start(1)
+    while pace.wanted(seen)[1]:
+        length = pace.wanted(seen)[0]
+        seen = pace.seen(
+            seen, length, [1 + length * (len(seen.seconds[1]) < pace.RUNS // 2)], 1.0 + 0.52 * length
+        )
+    assert pace.shares(seen) == (pytest.approx(0.5, abs=0.05),) and pace.wanted(seen) == (1, False)
+    for _ in range(8):
+        seen = pace.seen(seen, 1, [1, 2])
+    assert pace.shares(seen) == (pytest.approx(0.5, abs=0.05),) and pace.wanted(seen) == (0, False)
