@@ -2,9 +2,10 @@
 
 Protocol: greedy answers to prompts of the run's own tokenizer (this package's source as text), after
 warm-up; every number is the median of `repeats`, with the fastest and slowest. All requests go through the
-engine that the server and the chat use (inference/schedule.py). Decoding is timed from the moment when all
-rows have their first token. The server is a real one on this machine's loopback, its clients a process of
-their own. transformers runs in another interpreter while this one sleeps, on a folder that `export` wrote.
+engine that the server and the chat use (inference/schedule.py). Decoding is timed while all rows are at it:
+from the moment when all have their first token until the first has its last (with drafts they differ). The
+server is a real one on this machine's loopback, its clients a process of their own. transformers runs in
+another interpreter while this one sleeps, on a folder that `export` wrote.
 """
 
 import dataclasses
@@ -121,9 +122,8 @@ def decode(engine: Engine, given: list[tuple[int, ...]], tokens: int) -> dict[st
     answers, compiles = answered(engine, rounds, told.__setitem__)
     rates = []
     for own in answers[1:]:
-        began = max(times[1] for times in own)
-        late = [t for times in own for t in times[1:] if t > began]
-        rates.append(len(late) / (max(late) - began))
+        began, ended = max(times[1] for times in own), min(times[-1] for times in own)
+        rates.append(sum(began < t <= ended for times in own for t in times[1:]) / (ended - began))
     accepted = [value for name, value in sorted(told.items()) if name.startswith("accepted_")]
     return {
         "rows": n, "tokens_per_second": spread(rates), "compiles": compiles,

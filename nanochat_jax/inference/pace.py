@@ -5,16 +5,19 @@ before them were, a step yields 1 + sum_{k <= d} a_1 .. a_k tokens; taken is the
 second, and none at all (d = 0, plain decoding) if that is the best. Times decide about time only: a text
 does not depend on them, see inference/speculative.py.
 
-The lengths are tried in turns, so that a busy moment of the machine meets all of them, and the decision
-hopes: a_k counts one draft more than was seen as right. Who drafts too much soon sees it, but who has
-stopped sees nothing more.
+A step costs what lies between its tokens and those of the step before: with one step under way while the
+other is read, that is less than a step that is waited for. So lengths are tried in turns of a few steps,
+where a busy moment of the machine meets all of them, and what follows a step of another length is not
+counted. The decision hopes: a_k counts one draft more than was seen as right. Who drafts too much soon
+sees it, but who has stopped sees nothing more.
 """
 
 import statistics
 from typing import NamedTuple
 
-RUNS = 8  # measured steps of each length; their median counts, so that a compilation among them does not
-RENEW = 1024  # steps after which they are measured anew
+TURN = 4  # steps of one length after another while lengths are tried
+RUNS = 6  # measured steps of each length; their median counts, so that a compilation among them does not
+RENEW = 4096  # steps after which they are measured anew
 FORGET = 1 / 64  # weight of the newest step in the shares
 
 
@@ -35,12 +38,16 @@ def start(most: int) -> Pace:
     return Pace(lengths, ((),) * len(lengths), (0.0,) * most, (0.0,) * most)
 
 
-def wanted(pace: Pace) -> tuple[int, bool]:
-    """(drafts of the next step, whether its time shall be measured: dispatched alone and waited for)."""
-    measured = [len(seconds) for seconds in pace.seconds]
-    if min(measured) < RUNS:
-        return pace.lengths[measured.index(min(measured))], True
-    return max(pace.lengths, key=lambda length: (rate(pace, length), -length)), False
+def wanted(pace: Pace) -> int:
+    """Drafts of the next step."""
+    if trying(pace):
+        return pace.lengths[pace.steps // TURN % len(pace.lengths)]
+    return max(pace.lengths, key=lambda length: (rate(pace, length), -length))
+
+
+def trying(pace: Pace) -> bool:
+    """Whether something is not measured yet."""
+    return min(map(len, pace.seconds)) < RUNS
 
 
 def rate(pace: Pace, length: int) -> float:
@@ -67,14 +74,15 @@ def shares(pace: Pace) -> tuple[float, ...]:
 def seen(pace: Pace, length: int, counts: list[int], seconds: float | None = None) -> Pace:
     """After a step with `length` drafts.
 
-    Args: counts: tokens that each row got, 1..length + 1. seconds: its time if it was measured.
+    Args: counts: tokens that each row got, 1..length + 1. seconds: from the tokens of the step before to
+    these, if that had the same length and nothing else lies between; None if not.
     """
     times = pace.seconds
     if pace.steps >= RENEW:
         times, pace = ((),) * len(times), pace._replace(steps=0)
     if seconds is not None:
         place = pace.lengths.index(length)
-        times = (*times[:place], (*times[place], seconds), *times[place + 1 :])
+        times = (*times[:place], (*times[place], seconds)[:RUNS], *times[place + 1 :])
     right, tried = list(pace.right), list(pace.tried)
     for k in range(length):
         reached = sum(count > k for count in counts)
@@ -89,7 +97,7 @@ def line(pace: Pace) -> str:
     if not any(pace.tried):
         return ""
     found = [f"{100 * share:.0f}%" for share, tried in zip(shares(pace), pace.tried, strict=True) if tried]
-    length, measuring = wanted(pace)
+    length, measuring = wanted(pace), trying(pace)
     now = "" if measuring or length else "; none are drafted any more: plain steps are faster here"
     most = max(length, 1) if not measuring else len(found)
     return (

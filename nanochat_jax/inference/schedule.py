@@ -157,6 +157,7 @@ def run(
     table = _Table.of(engine.slots)
     reading: _Reading | None = None
     seen = pace.start(engine.draft_tokens) if engine.draft_tokens else None
+    last: _Heard | None = None
     try:
         while True:
             for slot, job in enumerate(table.jobs):
@@ -175,17 +176,13 @@ def run(
                     _seat(table, reading, job)
                     observe("prompt_tokens", len(job.request.prompt))
                     observe("reused_tokens", reading.start)
-            before = len(table.unread)
+            before, read = len(table.unread), reading is not None
             if reading is not None:
                 slots, reading = _read_piece(engine, table, slots, reading)
-            drafts, timed = (0, False) if seen is None else pace.wanted(seen)
-            timed = timed and reading is None
-            while timed and table.unread:  # others' work must not be in its time
-                seen, before = _hand_out(table, observe, seen), 0
-            slots = _step_active(engine, table, slots, drafts, timed)
+            slots = _step_active(engine, table, slots, 0 if seen is None else pace.wanted(seen), read)
             worked = reading is not None or len(table.unread) > before
-            while len(table.unread) > (1 if worked and not timed else 0):
-                seen = _hand_out(table, observe, seen)
+            while len(table.unread) > worked:
+                seen, last = _hand_out(table, observe, seen, last)
             observe("active_slots", sum(job is not None for job in table.jobs))
             observe(
                 "kv_tokens", sum(len(table.held[i]) for i, job in enumerate(table.jobs) if job is not None)
@@ -202,7 +199,14 @@ class _Drawing(NamedTuple):
     drawn: device.Drawn | speculative.Steps
     rows: list[tuple[int, int, Job]]
     drafts: int = 0
-    began: float | None = None  # when it was dispatched, if its time is wanted
+    behind: bool = False  # a piece of a prompt was read before this step
+
+
+class _Heard(NamedTuple):
+    """When a step's tokens were there, and how many were drafted for it."""
+
+    at: float
+    drafts: int
 
 
 @dataclass(frozen=True)
@@ -260,7 +264,7 @@ def _read_piece(engine: Engine, table: _Table, slots: State, at: _Reading) -> tu
     return slots, None
 
 
-def _step_active(engine: Engine, table: _Table, slots: State, drafts: int, timed: bool) -> State:
+def _step_active(engine: Engine, table: _Table, slots: State, drafts: int, behind: bool) -> State:
     """Add a token to every row whose answer may have one more, or some more."""
     active = [
         (slot, slot, job) for slot, job in enumerate(table.jobs)
@@ -272,23 +276,25 @@ def _step_active(engine: Engine, table: _Table, slots: State, drafts: int, timed
     for _, slot, _ in active:
         mask[slot] = True
         table.draws[slot] += 1
-    began = time.perf_counter() if timed else None
     slots, drawn = _step(engine, slots, mask, any(job.request.top for _, _, job in active), drafts)
-    table.unread.append(_Drawing(drawn, active, drafts, began))
+    table.unread.append(_Drawing(drawn, active, drafts, behind))
     return slots
 
 
 def _hand_out(
-    table: _Table, observe: Callable[[str, float], None], seen: pace.Pace | None
-) -> pace.Pace | None:
-    """Wait for the oldest draw and give its tokens to those who still want them. Returns what is known of
-    drafts."""
+    table: _Table, observe: Callable[[str, float], None], seen: pace.Pace | None, last: _Heard | None
+) -> tuple[pace.Pace | None, _Heard | None]:
+    """Wait for the oldest draw and give its tokens to those who still want them. last: the step before, if it
+    was one. Returns what is known of drafts, and of this step."""
     oldest = table.unread.popleft()
     read = jax.device_get(oldest.drawn)
+    heard = None
     if not isinstance(read, speculative.Steps):
         read = speculative.Steps(jax.tree.map(lambda a: a[None], read), np.ones(len(read.token), np.int32))
     elif seen is not None:
-        seconds = None if oldest.began is None else time.perf_counter() - oldest.began
+        heard = _Heard(time.perf_counter(), oldest.drafts)
+        alike = last is not None and last.drafts == heard.drafts and not oldest.behind
+        seconds = heard.at - last.at if last is not None and alike else None
         seen = pace.seen(seen, oldest.drafts, [int(read.count[row]) for row, _, _ in oldest.rows], seconds)
         observe("drafts", oldest.drafts)
         for place in range(oldest.drafts):
@@ -304,7 +310,7 @@ def _hand_out(
             if drawn.depth[row]:
                 observe("depth", float(drawn.depth[row]))
             _hear(table, slot, job, _token(drawn, row, job.request.top), bool(drawn.finite[row]), observe)
-    return seen
+    return seen, heard
 
 
 def _hear(

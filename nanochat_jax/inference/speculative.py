@@ -60,9 +60,9 @@ class Steps(NamedTuple):
 
 
 def window(cfg: ModelConfig) -> int:
-    """W: after a step with M drafts all that may be wrong, and some plain steps: lengths are tried in turns,
-    so that there is one between two others, and a second may be under way."""
-    return 2 * cfg.mtp.depth + 3
+    """W: after a step with M drafts all that may be wrong, and the plain steps of a turn (`pace.TURN`) with one
+    more, which may be under way when the turn ends."""
+    return 2 * cfg.mtp.depth + pace.TURN + 1
 
 
 def room(cfg: ModelConfig, drafts: int) -> int:
@@ -254,23 +254,27 @@ def generate(
     yield int(first.token[0])
     said = sure = 1  # tokens handed out; tokens that dispatched steps yield at least
     seen, unread = pace.start(most), deque()
+    before, spent, since = (
+        0,
+        0.0,
+        time.perf_counter(),
+    )  # drafts of the last step read; time in here since then
     while said < settings.max_tokens:
-        alone = False
         if sure < settings.max_tokens:
-            drafts, alone = pace.wanted(seen)
-            if not alone or not unread:  # what is measured waits until nothing else is under way
-                began = time.perf_counter()
-                state, steps = step(cfg, loops, drafts, params, state, np.ones(1, bool), np.False_)
-                unread.append((drafts, steps, began if alone else None))
-                sure += 1
-        while unread and (alone or len(unread) > 1 or sure >= settings.max_tokens):
-            drafts, steps, began = unread.popleft()
+            drafts = pace.wanted(seen)
+            state, steps = step(cfg, loops, drafts, params, state, np.ones(1, bool), np.False_)
+            unread.append((drafts, steps))
+            sure += 1
+        while unread and (len(unread) > 1 or sure >= settings.max_tokens):
+            drafts, steps = unread.popleft()
             count = int(steps.count[0])
-            seconds = None if began is None else time.perf_counter() - began
-            seen = pace.seen(seen, drafts, [count], seconds)
+            spent += time.perf_counter() - since
+            seen = pace.seen(seen, drafts, [count], spent if drafts == before else None)
+            before, spent = drafts, 0.0
             sure += count - 1
             if tell is not None:
                 tell[:] = [seen]
             for token in np.asarray(steps.drawn.token[:count, 0])[: settings.max_tokens - said].tolist():
                 said += 1
                 yield token
+            since = time.perf_counter()
