@@ -85,7 +85,7 @@ def test_controls_and_lengths(kind):
     for most in (1, 2, 5):
         want, got, _ = texts(kind, [2, 5], most, max_tokens=most, temperature=1.3, top_k=4, top_p=0.9)
         assert got == want and len(got) == most
-    with pytest.raises(ValueError, match=r"exceed infer.capacity = 64"):
+    with pytest.raises(ValueError, match=r"exceed infer.capacity = 96"):
         texts(kind, [1] * 90, 0, max_tokens=10)
 
 
