@@ -1,19 +1,21 @@
 """Memory of a training step on one device, in closed form: nothing is compiled or allocated.
 
 Exact, because counted on the real trees: parameters, gradients, optimizer state, batch. Estimated: what
-is alive besides them at the fullest moment, the largest of three:
+is alive besides them at the fullest moment, the largest of:
 
-    backward    gradients of two loops + accumulated ones + saved activations of all layers of all loops
-                + everything one layer's backward needs at once + the edges (embedding, hidden, d_head)
-    loss        accumulated gradients + saved activations + LOGITS copies of a chunk's logits + the edges
+    loss        saved activations of all layers of all loops + LOGITS copies of a chunk's logits + states
+                that the losses read, and their gradients + gradients of the tables
+    further     the same, while the layers of further tokens (model.mtp) are differentiated
+    backward    all gradients, two sets of the layers' with loops + saved activations + everything that one
+                layer's backward needs at once
     optimizer   gradients + updates + LEAVES copies of the largest leaf
 
-The counts of saved tensors are those of jax's own partial evaluation of one layer (test_memory reads them
-off the traced program) for layers that run in a scan, as on GPU or with model.unroll = 1; LOGITS, LEAVES,
-EDGES, STREAMS and FP4 are fitted to XLA's memory analysis, see experiments/plan. More than two loops
-run in a scan, with one set of gradients beside the sum, and a copy of what one loop saves; loops written out have one each, because XLA adds them all at the
+Of one layer see `plan.layers`. Terms are buffers that XLA:CPU's own lists of what is alive at the fullest
+moment name (experiments/plan); none is fitted. Layers are taken to run in a scan, as on GPU, unless
+model.unroll writes them out. More than two loops run in a scan then, with one set of gradients beside the
+sum, and a copy of what one loop saves; loops written out have one each, because XLA adds them all at the
 end, in one fusion. The weights reach a layer as the scan hands them out, and are not saved; without
-rematerialization copies of them are, see `copied_bytes`.
+rematerialization copies of them are, see `layers.copied_bytes`.
 """
 
 import dataclasses
@@ -31,23 +33,22 @@ from nanochat_jax.config import (
     Config,
     FilterConfig,
     MeshConfig,
+    MhcConfig,
     ModelConfig,
     OptConfig,
     layer_period,
     padded_vocab,
 )
-from nanochat_jax.kernels.attention import QUERY_BLOCK
 from nanochat_jax.model import collider, loop, transformer
-from nanochat_jax.model.layers import MLPS
-from nanochat_jax.quant import project as projections
+from nanochat_jax.plan import layers
+from nanochat_jax.plan.layers import item_bytes as item_bytes
+from nanochat_jax.plan.layers import layer_bytes as layer_bytes
 from nanochat_jax.types import TrainState
 
-LOGITS = 4  # float32 copies of a chunk's logits: product, capped, softmax, gradient
+LOGITS = 3  # float32 copies of a chunk's logits: product, softmax, gradient
 LEAVES = 3  # float32 copies of the largest leaf while it is updated
-EDGES = 2  # activations [B, L, D] besides the layers': embedding, hidden states
-STREAMS = 9  # copies of the residual streams during one layer's backward
-FP4 = 4  # float32 copies of the widest product's operands: emulated codes, rotations, random bits
-FP8 = 2  # the same of FP8, which neither rotates nor draws: values and ratios; counted, not fitted
+EDGES = 4  # [B, L, D] at the loss: the last stream, that over its RMS, hidden states, their gradient
+STREAMS = layers.STREAMS
 BATCH_FIELDS = 5  # int32 or float32 [B, L] of a Batch; one more with data.reference
 
 
@@ -93,120 +94,140 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
         return max((predict(one, platform) for one in both), key=lambda memory: memory.peak)
     sizes = weight_bytes(m, cfg.mesh)
     optimizer = state_bytes(cfg.opt, m, cfg.mesh, t.steps)
-    total, blocks = sum(sizes.values()), sum(b for p, b in sizes.items() if p.startswith("blocks/"))
+    total, table = sum(sizes.values()), 4 * padded_vocab(m) * m.dim // cfg.mesh.tensor
     rows = cfg.data.batch // (t.microbatches * cfg.mesh.data * cfg.mesh.fsdp)
-    L, width = cfg.data.seq_len, item_bytes(m, platform)
-    tokens, applied, tensor = rows * L, loop.trained_layers(m), cfg.mesh.tensor
-    one = layer_bytes(m, L, width, platform, m.remat, tensor)
-    whole = layer_bytes(m, L, width, platform, "none", tensor)
-    kept = one - m.dim * m.mhc.streams * width if m.remat == "dots" else 0  # not made a second time
-    streams = STREAMS * m.mhc.streams * m.dim * width if m.mhc.streams > 1 else 0
-    copies = FP4 if "fp4" in m.quant else FP8 if "fp8" in m.quant else 0
-    emulated = copies * 4 * (m.dim + (2 if MLPS[m.mlp][1] else 1) * m.mlp_dim // tensor)
+    L, width, cpu = cfg.data.seq_len, layers.item_bytes(m, platform), platform == "cpu"
+    tokens, written = rows * L, cpu and layers.is_written(m, m.layers)
+    stream = tokens * m.dim * width
+    saved, work = trunk_bytes(cfg, platform, tokens, sizes)
+    further = further_bytes(cfg, platform, tokens, sizes)
+    # More than two loops run in a scan: two sets of the blocks' gradients, and stacks of what is read out.
     scans = m.loop.count > 2 and m.layers > (m.unroll or layer_period(m))
-    held = applied + m.layers * scans  # a scan over loops copies what one of them saves
-    if m.filter.keep < 1:  # of the trunk's layers; those of further tokens are differentiated as always
-        saved, constant = tokens * filtered_bytes(m, width, tensor) * held, m.dim * m.mhc.streams * width
-        share = collider.kept_count(m.filter, L) / L
-        work = round(tokens * (share * (whole + streams + emulated) + constant))
-        if m.mtp.depth:
-            work = max(work, tokens * (whole + emulated))
-    else:
-        copying = applied - (m.loop.count - 1) * m.layers * scans  # copies are the same in every loop
-        copying = (
-            0 if cfg.mesh.fsdp > 1 and parallel.own_rows(cfg.mesh) else copying
-        )  # gathered again instead
-        saved = tokens * one * held + copied_bytes(m, platform, tensor) * copying
-        work = tokens * (whole - kept + streams + emulated)
-    work += gathered(m, cfg.mesh, sizes)
+    most = 2 if scans else m.loop.count
+    again = (most - 1) * _part(sizes, "blocks/")
+    again += (min(loop.readouts(m), most) - 1) * _part(sizes, "after/")
+    own = _part(sizes, "embed", "head")
+    carried = total if t.microbatches > 1 else 0
+    # A microbatch's gradients of the tables have joined the sum when those of the layers begin.
+    gradients = total + (carried - own if carried else 0)
+    # The embedding's, zeros at first, and the head's of every pass over hidden states.
+    tables = (0 if carried else 2 + (m.mtp.depth > 0)) * table
+    # Each device adds up gradients of whole tables before they are scattered, and gathers the head.
+    whole = (3 + (carried > 0)) * table - own if parallel.own_rows(cfg.mesh) and cfg.mesh.fsdp > 1 else 0
     logits = LOGITS * 4 * padded_vocab(m) // cfg.mesh.tensor * chunk_tokens(cfg, rows)
-    depth = m.mtp.depth
-    saved += tokens * depth * one
-    # Each device adds up gradients of whole tables before they are scattered.
-    table = padded_vocab(m) * m.dim // cfg.mesh.tensor
-    head, casts = 2 * 4 * table, 2 * width * table if width < 4 else 0
-    unsplit = 2 * 4 * table * (cfg.mesh.fsdp - 1) // cfg.mesh.fsdp if parallel.own_rows(cfg.mesh) else 0
-    mask = rows * L * L * (1 + width) if platform != "cpu" else 0
-    # The exit gate's loss reads the hidden states after every loop, and gives each a gradient.
-    exits = 2 * m.loop.count - 1 if any(name in losses.EXITS for name, _ in t.loss) else 0
-    edges = tokens * m.dim * width * (EDGES + exits + depth * 2) + head + casts + mask
-    after = sum(b for p, b in sizes.items() if p.startswith("after/"))
-    most = 2 if scans else m.loop.count  # sets of gradients of loops
-    further = (most - 1) * blocks + (min(loop.readouts(m), most) - 1) * after
-    carried = total + unsplit if t.microbatches > 1 else 0
-    accumulated = carried + further
+    exits = any(name in losses.EXITS for name, _ in t.loss) * m.loop.count * (4 if scans else 2)
+    beside = tokens * 8 * m.head_dim + stream * exits  # rotary tables; readouts of the loops
+    beside += 2 * width * table // 4 if width < 4 else 0  # casts of both tables
+    beside += 0 if cpu else rows * L * L * (1 + width)  # masks
+    # The copies that several streams begin with, as they are and flat.
+    beside += 2 * m.mhc.streams * stream if written and m.mhc.streams > 1 else 0
+    beside += decoded_bytes(cfg.opt, m, sizes) if cpu and carried else 0
+    edges = beside + EDGES * stream
+    # XLA:CPU moves the optimizer's state away first. Where it was there is room for buffers that are not
+    # larger: gradients, which a scan of layers begins with zeros, and what a layer needs, but not for stacks
+    # and logits.
+    there = carried + tables if written or not cpu else max(optimizer, gradients - own * (whole > 0))
     phases = {
-        "backward": total + accumulated + saved + work + edges,
-        "loss": carried + saved + logits + edges,
+        "loss": there + whole + saved + further + logits + edges,
         "optimizer": 2 * total + LEAVES * max(sizes.values()),
     }
+    if m.filter.keep < 1 and written:
+        made = round(tokens * m.layers * m.loop.count * layers.made_again_bytes(m, L, width))
+        phases["loss"] += made if m.filter.score == "random" else 0  # needs no loss, and comes first
+        saved += made
+    if written:
+        phases["backward"] = max(carried + tables + saved, gradients + again) + work + beside
+    else:
+        phases["backward"] = gradients + again + whole + saved + work + beside
+    if m.mtp.depth and not cpu:
+        phases["further"] = carried + tables + whole + saved + further + work + edges
     batch = (
         (BATCH_FIELDS + bool(cfg.data.reference)) * 4 * cfg.data.batch * L // (cfg.mesh.data * cfg.mesh.fsdp)
     )
-    return Memory(total, optimizer, batch, total, saved, work, logits, edges, accumulated, phases)
+    return Memory(
+        total,
+        optimizer,
+        batch,
+        total,
+        saved + further,
+        work,
+        logits,
+        edges,
+        gradients - total + again,
+        phases,
+    )
 
 
-def item_bytes(m: ModelConfig, platform: str) -> int:
-    """Bytes of an activation."""
-    name = m.dtype if m.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16")
-    return jnp.dtype(name).itemsize
+def _part(sizes: Mapping[str, int], *names: str) -> int:
+    """Bytes of the weights whose path begins with one of the names."""
+    return sum(size for path, size in sizes.items() if path.startswith(names))
 
 
-def layer_bytes(m: ModelConfig, length: int, width: int, platform: str, remat: str, tensor: int = 1) -> int:
-    """Bytes per token that one layer saves for its backward pass, without filtering.
+def trunk_bytes(cfg: Config, platform: str, tokens: int, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes that the layers of all stacks and loops save, and what one layer's backward needs beside.
 
-    Tensors of `width` bytes: the layer's input; under "dots" also the products of its matrices; under
-    "none" the inputs and outputs of every operation, and on CPU attention's shares (on GPU the fused
-    kernel keeps one number per head instead). tensor: devices over which heads and the MLP are split.
+    Args: tokens: of a microbatch on one device. sizes: `weight_bytes`.
     """
-    D, F, HK, GK = m.dim, m.mlp_dim / tensor, m.heads * m.head_dim / tensor, m.kv_heads * m.head_dim / tensor
-    H = m.heads / tensor
-    if remat == "block":
-        return D * m.mhc.streams * width
-    gated = MLPS[m.mlp][1]
-    if remat == "dots":
-        return round(width * (D * m.mhc.streams + HK + 2 * GK + D + (2 if gated else 1) * F))
-    if platform == "cpu":
-        blocks = max(1, length // QUERY_BLOCK)
-        shares = H * (QUERY_BLOCK * (blocks + 1) / 2 + 2) if length % QUERY_BLOCK == 0 else H * length
-        heads = 4 * HK
+    m, mesh, cpu = cfg.model, cfg.mesh, platform == "cpu"
+    L, width, tensor = cfg.data.seq_len, layers.item_bytes(m, platform), cfg.mesh.tensor
+    filtered = m.filter.keep < 1
+    if filtered:
+        one, copied = layers.filtered_bytes(m, width, tensor), 0
     else:
-        shares, heads = H * 4 / width, 2 * HK + 2 * GK
-    inner = (6 if gated else 2.25) * F
-    extra = HK if m.qk_norm != "none" else 0
-    stream = (6 if m.norm == "weighted" else 4) * D + HK + 2 * (m.mhc.streams - 1) * D
-    return round(width * (stream + heads + extra + shares + inner) + 16)
+        one = layers.layer_bytes(m, L, width, platform, m.remat, tensor)
+        one -= layers.coded_bytes(m, width, tensor) if m.remat == "none" else 0
+        copied = layers.copied_bytes(m, platform, tensor)
+    if mesh.fsdp > 1 and parallel.own_rows(mesh):
+        copied = 0  # gathered again instead
+    saved = 0.0
+    times = {"before": 1, "blocks": m.loop.count, "after": loop.readouts(m)}
+    for name, n in {"before": m.loop.before, "blocks": m.layers, "after": m.loop.after}.items():
+        if platform == "cpu" and layers.is_written(m, n):
+            own = one if filtered else layers.written_bytes(m, L, width, m.remat)
+            saved += times[name] * n * tokens * own + _part(sizes, f"{name}/")
+        else:  # a scan over loops copies what one of them saves; copies of weights are the same in all
+            scans = name == "blocks" and m.loop.count > 2 and n > (m.unroll or layer_period(m))
+            saved += n * (tokens * one * (times[name] + scans) + copied * (1 if scans else times[name]))
+    if cpu and layers.is_written(m, m.layers):
+        # Gradients of the stream and of what down reads; with a filter, all that kept rows lead to.
+        share = collider.kept_count(m.filter, L) / L if filtered else 1.0
+        work = tokens * width * (m.dim * m.mhc.streams + share * (2 if filtered else 1) * m.mlp_dim)
+    elif filtered:
+        work = tokens * layers.filtered_work_bytes(m, L, width, platform, tensor)
+    else:
+        work = tokens * layers.work_bytes(m, L, width, platform, tensor)
+    # The layer's weights, cut out of the stacks and side by side; over fsdp whole, and their gradients.
+    work += gathered(m, mesh, sizes) or _part(sizes, "blocks/") // m.layers * cpu
+    return round(saved), round(work)
 
 
-def filtered_bytes(m: ModelConfig, width: int, tensor: int = 1) -> int:
-    """Bytes per token that one layer saves with model.filter: its input, keys and values (model/collider.py)."""
-    return round(width * (m.dim * m.mhc.streams + 2 * m.kv_heads * m.head_dim / tensor))
-
-
-def copied_bytes(m: ModelConfig, platform: str, tensor: int = 1) -> int:
-    """Bytes of weights that one layer saves in every loop, without rematerialization.
-
-    Weights that a product takes as they are cost nothing. Codes, casts to a narrower dtype, and on CPU the
-    copies that put q, k and v, and gate and up, side by side for one product (quant.project) are saved.
-    """
-    if m.remat != "none" or m.filter.keep < 1:
-        return 0
-    project, width = projections.from_config(m), item_bytes(m, platform)
-    D, F, HK, GK = m.dim, m.mlp_dim, m.heads * m.head_dim, m.kv_heads * m.head_dim
-    gated = MLPS[m.mlp][1]
-    sizes = {
-        "attn/q": D * HK, "attn/k": D * GK, "attn/v": D * GK, "attn/o": HK * D,
-        "mlp/gate": D * F * gated, "mlp/up": D * F, "mlp/down": F * D,
-    }  # fmt: skip
+def decoded_bytes(opt: OptConfig, m: ModelConfig, sizes: Mapping[str, int]) -> int:
+    """Bytes of 8-bit moments that are read through a table, decoded: linear codes are multiplied where they
+    are used, but look-ups of XLA:CPU are buffers, and come before the loop over microbatches."""
+    of = params_lib.flatten(optim.labels(transformer.param_specs(m)))
     found = 0
-    for role, size in sizes.items():
-        precision = project.precision(role)
-        beside = platform == "cpu" and precision.grad == "full"
-        beside &= role in ("attn/q", "attn/k", "attn/v") or (gated and role in ("mlp/gate", "mlp/up"))
-        cost = {"full": width if beside or width < 4 else 0, "ternary": width if m.quant_group else 1}
-        cost |= {"fp8": 1, "fp4_rows": width}
-        found += size // tensor * cost.get(precision.weight, 2)  # FP4's codes are kept in bfloat16
+    for path, size in sizes.items():
+        group = getattr(opt, of[path])
+        if group.state_bits == 8:
+            found += size * ((opt.codes.momentum == "dynamic") + (group.name == "adamw"))
     return found
+
+
+def further_bytes(cfg: Config, platform: str, tokens: int, sizes: Mapping[str, int]) -> int:
+    """Bytes that model.mtp keeps until its own backward pass: its layers', states and their gradients."""
+    m, depth = cfg.model, cfg.model.mtp.depth
+    if not depth:
+        return 0
+    L, width = cfg.data.seq_len, layers.item_bytes(m, platform)
+    single = dataclasses.replace(m, mhc=MhcConfig())
+    states = 3 * depth + 2  # hidden, their gradients, over the RMS; one offset's of both in chunks
+    if m.mtp.kind == "chained":  # the embedding, both over the RMS, side by side, joined, and the stream
+        states += 7 * depth
+    if platform == "cpu":  # written out, see model/mtp.py
+        one = layers.written_bytes(single, L, width, m.remat)
+        return round(tokens * (depth * one + states * m.dim * width)) + _part(sizes, "mtp/")
+    one = layers.layer_bytes(single, L, width, platform, m.remat, cfg.mesh.tensor)
+    return round(tokens * (depth * one + states * m.dim * width))
 
 
 def chunk_tokens(cfg: Config, rows: int) -> int:
