@@ -138,9 +138,10 @@ class Checkpointer:
         size = sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(state))
         needed, free = size + int(self.cfg.min_free_gb * 2**30), self._disk_free(self.directory)
         if processes.agreed(int(free < needed)):
+            unit, name = (2**30, "GiB") if needed >= 2**30 else (2**20, "MiB")
             raise CheckpointError(
-                f"no checkpoint at step {step}: it needs {needed / 2**30:.2f} GiB free (of these "
-                f"ckpt.min_free_gb = {self.cfg.min_free_gb}), {self.directory} has {free / 2**30:.2f}; "
+                f"no checkpoint at step {step}: it needs {needed / unit:.2f} {name} free (of these "
+                f"ckpt.min_free_gb = {self.cfg.min_free_gb}), {self.directory} has {free / unit:.2f}; "
                 f"free some space; {self._intact()}"
             )
         items = {"params": state.params, "opt": {"opt": state.opt_state}, "step": {"step": state.step}}

@@ -106,11 +106,15 @@ def write_result(workdir: Path, facts: dict[str, Any]) -> None:
 def _replace(target: Path, content: dict[str, Any]) -> None:
     """Write the file so that a crash leaves either the old one or the new one, whole."""
     partial = target.with_name(target.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError:
+        partial.unlink(missing_ok=True)  # what little it holds, somebody may need
+        raise
 
 
 def _version(package: str) -> str | None:

@@ -246,7 +246,8 @@ def _train(
     if cfg.log.format == "json":  # warnings, and other packages' lines, too
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logs.JsonFormatter(trace.ids))
-    corpus = mixture.prepare(cfg.data, cfg.model.vocab_size, cache / "tokens", progress.print)
+    with workdir.written(cache / "tokens"):
+        corpus = mixture.prepare(cfg.data, cfg.model.vocab_size, cache / "tokens", progress.print)
     processes.alike("prepared data", corpus.sha256)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(checkpoint.Checkpointer(cfg.ckpt, home / "ckpt"))
@@ -263,8 +264,9 @@ def _train(
             "data": corpus.facts,
         }
         if main:
-            manifest.write(home, cfg, facts)
-            corpus.tokenizer.save(home / "tokenizer.json")
+            with workdir.written(home):
+                manifest.write(home, cfg, facts)
+                shards.save_whole(home / "tokenizer.json", corpus.tokenizer)
         progress.print(words.opening(cfg, home, corpus, origin))
         span = trace.begin("run", run=cfg.name, first_step=first)
         writers = open_writers(cfg.log, home, first, cfg.name, trace.ids) if main else Multi([])
@@ -346,7 +348,8 @@ def _train(
         seconds = ledger.seconds()
         result = {"state_sha256": checkpoint.state_sha256(state), "stop": reason, "seconds": seconds}
         if main:
-            manifest.write_result(home, misc(done) | result)
+            with workdir.written(home):
+                manifest.write_result(home, misc(done) | result)
         writers.write(done, goodput.shares(seconds))
         writers.close()
         trace.end(span, error=reason, last_step=done)

@@ -9,13 +9,34 @@ from pathlib import Path
 from nanochat_jax.config import ConfigError
 
 
+class UnwritableError(OSError):
+    """A file that a run cannot do without could not be written. The message says where, and why."""
+
+
+@contextlib.contextmanager
+def written(place: Path) -> Iterator[None]:
+    """Say where an error of the system happened that names no file: a write to a full disk fails without one.
+
+    Raises: UnwritableError, one sentence, if what is inside raises such an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None or error.filename is not None:
+            raise
+        raise UnwritableError(
+            f"{place} cannot be written ({error.strerror}); the same command goes on once it can"
+        ) from error
+
+
 @contextlib.contextmanager
 def held(home: Path) -> Iterator[None]:
     """Keep a workdir for this process; made if it is not there.
 
     The lock is the system's (flock) and ends with the process, in whatever way it ends: the file that stays
     behind means nothing. A file system without locks is trusted.
-    Raises: ConfigError if another process holds the workdir, or nothing can be written there.
+    Raises: ConfigError if another process holds the workdir, or nothing can be written there; UnwritableError
+    if its disk is full.
     """
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -37,7 +58,9 @@ def held(home: Path) -> Iterator[None]:
         except OSError:  # no locks here
             yield
             return
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with written(home):
+            file.truncate(0)
+            os.write(
+                file.fileno(), f"{os.getpid()}\n".encode()
+            )  # no buffer, which would fail again when closed
         yield
