@@ -405,7 +405,7 @@ def setup_runtime(cfg: Config, processes: int = 1, keep_freed: bool = True) -> N
         _keep_freed_memory()
     if not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # stderr is closed, or no file
-            faulthandler.enable()  # a crash below Python (a token file cut while it is read: SIGBUS) says where
+            faulthandler.enable()  # a crash below Python says where
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

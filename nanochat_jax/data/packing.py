@@ -15,6 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanochat_jax.data.stored import Stored
+
+Ids = np.ndarray | Stored  # whatever has a length, and slices that are arrays
+
 
 class Layout(NamedTuple):
     """Whole documents in rows: row i holds documents order[first[i]:first[i + 1]]."""
@@ -28,9 +32,7 @@ def rows(count: int, seq_len: int) -> int:
     return max(0, (count - 1) // seq_len)
 
 
-def window(
-    ids: np.ndarray, offsets: np.ndarray, index: int, seq_len: int, isolate: bool
-) -> dict[str, np.ndarray]:
+def window(ids: Ids, offsets: np.ndarray, index: int, seq_len: int, isolate: bool) -> dict[str, np.ndarray]:
     """Row `index` of a split.
 
     Args: ids: [n] tokens. offsets: int64 [documents + 1], increasing, from 0 to n. index: in
@@ -96,7 +98,7 @@ def cut_off(offsets: np.ndarray, seq_len: int) -> tuple[int, int]:
 
 
 def whole(
-    ids: np.ndarray,
+    ids: Ids,
     offsets: np.ndarray,
     layout: Layout,
     index: int,

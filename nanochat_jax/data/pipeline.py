@@ -21,6 +21,7 @@ from nanochat_jax.data import packing, pool, reference
 from nanochat_jax.data.mixture import Mixture, Part, parts_of
 from nanochat_jax.data.shards import Corpus, Tokens
 from nanochat_jax.data.sources import DataError
+from nanochat_jax.data.stored import Stored
 
 Arrays = dict[str, np.ndarray]
 
@@ -31,9 +32,7 @@ class _Rows:
     With their part of `losses` [n] as field "reference".
     """
 
-    def __init__(
-        self, corpus: Corpus | Mixture, split: str, cfg: DataConfig, losses: np.ndarray | None = None
-    ):
+    def __init__(self, corpus: Corpus | Mixture, split: str, cfg: DataConfig, losses: Stored | None = None):
         self.splits: list[Tokens] = [getattr(part.corpus, split) for part in parts_of(corpus)]
         self.seq_len, self.isolate, self.losses = cfg.seq_len, cfg.isolate, losses
         self.layouts = [_layout(split, cfg) for split in self.splits]
@@ -57,7 +56,7 @@ class _Rows:
         row = packing.window(tokens.ids, tokens.offsets, index, self.seq_len, self.isolate)
         if self.losses is not None:
             start = index * self.seq_len + 1
-            row["reference"] = np.asarray(self.losses[start : start + self.seq_len], np.float32)
+            row["reference"] = self.losses[start : start + self.seq_len].astype(np.float32)
         return row
 
     def __repr__(self) -> str:

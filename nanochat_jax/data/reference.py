@@ -15,6 +15,7 @@ import numpy as np
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.shards import Corpus
 from nanochat_jax.data.sources import DataError
+from nanochat_jax.data.stored import Stored
 
 
 def write(path: Path, losses: np.ndarray, cfg: DataConfig, corpus: Corpus) -> None:
@@ -35,8 +36,8 @@ def write(path: Path, losses: np.ndarray, cfg: DataConfig, corpus: Corpus) -> No
     )
 
 
-def load(cfg: DataConfig, corpus: Corpus) -> np.ndarray:
-    """The losses in `cfg.reference`, float16 [n], memory-mapped.
+def load(cfg: DataConfig, corpus: Corpus) -> Stored:
+    """The losses in `cfg.reference`, float16 [n]; slices of it are arrays.
 
     Raises: DataError if the file is missing or damaged, or belongs to another corpus or row length.
     """
@@ -51,7 +52,7 @@ def load(cfg: DataConfig, corpus: Corpus) -> np.ndarray:
             raise DataError(
                 f"data.reference: {path} has {key} {found.get(key)}, expected {value}; compute the losses again"
             )
-    return np.asarray(np.memmap(path, "<f2", "r"))
+    return Stored(path, "<f2", corpus.train.count)
 
 
 def _meant(cfg: DataConfig, corpus: Corpus) -> dict:

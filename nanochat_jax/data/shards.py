@@ -1,4 +1,4 @@
-"""Documents to token files on disk, once, and back as memory-mapped arrays.
+"""Documents to token files on disk, once, and back as arrays.
 
 A prepared corpus is a directory: tokenizer.json, one raw little-endian token file and one int64
 offsets file per split, and manifest.json with sizes, hashes, counts and skips. Its name is a hash
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from nanochat_jax.config import ConfigError, DataConfig
 from nanochat_jax.data import compiles, encode, sources
 from nanochat_jax.data import text as texts
 from nanochat_jax.data.sources import DataError, RemoteError
+from nanochat_jax.data.stored import Stored
 from nanochat_jax.data.text import write_json
 from nanochat_jax.data.workers import WorkerError
 
@@ -44,9 +45,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Tokens:
-    """A split: token ids [n] and document offsets [documents + 1], memory-mapped on first use.
+    """A split: token ids [n], read when they are asked for, and document offsets [documents + 1], in memory
+    from the first use on.
 
-    Picklable: the maps are dropped and opened again on the other side.
+    Picklable: what was read is dropped, and files are opened again on the other side.
     """
 
     path: Path
@@ -54,24 +56,21 @@ class Tokens:
     count: int
     skip: int  # bytes before the first token
     offsets_path: Path
-    _maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def ids(self) -> np.ndarray:
-        """uint16 or uint32 [n]."""
-        if "ids" not in self._maps:
-            self._maps["ids"] = np.asarray(np.memmap(self.path, self.dtype, "r", self.skip, (self.count,)))
-        return self._maps["ids"]
+    @cached_property
+    def ids(self) -> Stored:
+        """uint16 or uint32 [n]; slices of it are arrays."""
+        return Stored(self.path, self.dtype, self.count, self.skip)
 
-    @property
+    @cached_property
     def offsets(self) -> np.ndarray:
         """int64 [documents + 1]: document i is ids[offsets[i]:offsets[i + 1]]."""
-        if "offsets" not in self._maps:
-            self._maps["offsets"] = np.asarray(np.memmap(self.offsets_path, "<i8", "r"))
-        return self._maps["offsets"]
+        made = np.fromfile(self.offsets_path, "<i8")
+        made.flags.writeable = False
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -326,15 +325,19 @@ def _tokenizer(
 def save_whole(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
     """Write a tokenizer whole or not at all."""
     partial = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
-    tokenizer.save(partial)
-    os.replace(partial, path)
+    try:
+        tokenizer.save(partial)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _from_tokens(cfg: DataConfig, file: sources.TokenFile, work: Path, report: Report) -> Path:
     """Describe a token file made elsewhere; it stays where it is. Its end is held out."""
     report(f"reading {file.path}")
     tokenizer = _given_tokenizer(cfg)
-    ids = np.memmap(file.path, file.dtype, "r", file.skip, (file.count,))
+    ids = Stored(file.path, file.dtype, file.count, file.skip)
     pieces = (np.flatnonzero(ids[i : i + ENDS] == tokenizer.bos_id) + i for i in range(0, file.count, ENDS))
     starts = np.concatenate(list(pieces))  # of documents
     cut = file.count - max(1, file.count * cfg.val_percent // 100)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import jax
 
+from nanochat_jax.data.sources import DataError
 from nanochat_jax.train.step import StepFn
 from nanochat_jax.types import Batch, Metrics, TrainState
 
@@ -32,6 +33,19 @@ def until_failure(batches: Iterator[T], failures: list[Exception]) -> Iterator[T
     except Exception as error:
         failures.append(error)
         raise StopTraining(f"the data failed: {type(error).__name__}") from error
+
+
+def or_stop(hook: Hook, failures: list[Exception]) -> Hook:
+    """A hook that reads data: a failure to is kept in `failures` and stops training, as in `until_failure`."""
+
+    def run(done: int, state: TrainState, metrics: dict[str, float]) -> None:
+        try:
+            hook(done, state, metrics)
+        except (DataError, OSError) as error:
+            failures.append(error)
+            raise StopTraining(f"the data failed: {type(error).__name__}") from error
+
+    return run
 
 
 def every(n: int, hook: Hook) -> Hook:

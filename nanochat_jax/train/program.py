@@ -288,6 +288,11 @@ def _train(
         sample = hooks.sample(_sampler(cfg, parts, corpus), writers, progress)
         evaluate = hooks.aside(evaluate, "eval", ledger, trace)
         sample = hooks.aside(sample, "eval", ledger, trace)
+        failures: list[Exception] = []
+        # Of several processes the others wait for this one: there is no step at which all could save.
+        alone = processes.count() == 1
+        if alone:
+            evaluate = loop.or_stop(evaluate, failures)
         scored = [loop.every(cfg.eval.every_steps, evaluate)]
         if cfg.eval.sample_tokens:
             scored.append(loop.every(cfg.eval.every_steps, sample))
@@ -316,9 +321,7 @@ def _train(
             progress.print("compiling the step")
         rows = own_rows(cfg, parts)
         batches = pipeline.batches(cfg.data, corpus, cfg.seed, first, rows, journal=home / "data_order.bin")
-        failures: list[Exception] = []
-        # Of several processes the others wait for this one: there is no step at which all could save.
-        fed = loop.until_failure(batches, failures) if processes.count() == 1 else batches
+        fed = loop.until_failure(batches, failures) if alone else batches
         on_device = goodput.waiting(parallel.prefetch(fed, parts.mesh), ledger)
         began = time.perf_counter()
         try:
@@ -335,7 +338,10 @@ def _train(
             stop_profile()
         done, took = int(state.step), time.perf_counter() - began
         if not reason and scores.get("step") != done:
-            evaluate(done, state, {})
+            try:
+                evaluate(done, state, {})
+            except loop.StopTraining as stop:
+                reason = str(stop)
         if (
             not reason
             and cfg.eval.sample_tokens

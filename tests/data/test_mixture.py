@@ -87,7 +87,7 @@ def test_each_part_is_seen_whole_before_it_is_repeated(trees, made):
         rows = (part.corpus.train.count - 1) // 16
         assert len(seen[letter]) > rows, "the run is too short to show a repetition"
         first = seen[letter][:rows]
-        ids = part.corpus.train.ids.astype(np.int32)
+        ids = part.corpus.train.ids[:].astype(np.int32)
         assert sorted(first) == sorted(ids[i * 16 : i * 16 + 16].tobytes() for i in range(rows))
 
 
@@ -137,7 +137,7 @@ def test_held_out_rows_stay_and_take_their_shares(trees, made):
     rows = np.concatenate([b["tokens"] for b in everything])[: sum(counts)]
     first = 0
     for part, count in zip(made.parts, counts, strict=True):
-        ids = part.corpus.val.ids.astype(np.int32)
+        ids = part.corpus.val.ids[:].astype(np.int32)
         for i in range(count):
             np.testing.assert_array_equal(rows[first + i], ids[i * 16 : i * 16 + 16])
         first += count

@@ -86,7 +86,7 @@ def test_without_isolation_a_row_is_one_document():
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32])
 def test_types_and_no_views(dtype):
-    """Rows are copies: batches must not pin or change the mapped file."""
+    """Rows are copies: batches must not pin or change what they are made of."""
     ids, offsets = split([20])
     ids = ids.astype(dtype)
     row = packing.window(ids, offsets, 1, 5, True)
