@@ -182,7 +182,8 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._failed(error) from error
+            if self._saving is not None:  # else Orbax repeats what has been told
+                raise self._failed(error) from error
         self._saving = None
         self._sweep()
 
@@ -480,10 +481,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _quiet_orbax() -> None:
-    """Show Orbax's errors only: 20 lines per save are at INFO, and reading an item alone warns of
-    files that belong to the whole."""
-    if (absl := logging.getLogger("absl")).getEffectiveLevel() < logging.ERROR:
-        absl.setLevel(logging.ERROR)
+    """Show nothing of Orbax's log: 20 lines per save, warnings when an item is read alone, and for a full disk
+    a dozen stacks of its threads. What fails there reaches us as an exception, and is told in a sentence."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _jsonable(value: Any) -> Any:
