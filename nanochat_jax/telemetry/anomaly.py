@@ -125,9 +125,11 @@ def stall(state: State, value: float) -> tuple[State, Event | None]:
     """
     if not math.isfinite(value):
         return _next(state), None
-    after = replace(_next(state), values=(*state.values, value)[-MIN_VALUES:])
+    after = _next(state, (*state.values, value)[-MIN_VALUES:])
+    if len(after.values) < MIN_VALUES or after.quiet or max(after.values) <= STARVED:
+        return after, None
     median = statistics.median(after.values)
-    if len(after.values) < MIN_VALUES or after.quiet or median <= STARVED:
+    if median <= STARVED:
         return after, None
     hint = "raise data.workers or data.prefetch; other programs may be taking the processor"
     return replace(after, quiet=COOL_DOWN), Event("waiting for data", median, STARVED, median, hint)
@@ -144,18 +146,21 @@ def _spike(
 
     Args: patience: suspicious values in a row that make an event.
     """
-    after = _next(state)
     if not math.isfinite(value):
-        return after, None
-    if len(after.values) < MIN_VALUES:
-        return replace(after, values=(*after.values, value)), None
-    median = statistics.median(after.values)
-    if value <= median + margin:  # whatever the spread: it need not be computed at every step
-        return replace(after, values=(*after.values, value)[-WINDOW:], rejected=0), None
-    sigma = SIGMA_OF_MAD * statistics.median([abs(v - median) for v in after.values])
+        return _next(state), None
+    if len(state.values) < MIN_VALUES:
+        return _next(state, (*state.values, value)), None
+    learned = _next(state, (*state.values, value)[-WINDOW:], 0)
+    if value <= min(state.values) + margin:  # and so below the median's: at most steps nothing need be sorted
+        return learned, None
+    median = statistics.median(state.values)
+    if value <= median + margin:  # whatever the spread
+        return learned, None
+    sigma = SIGMA_OF_MAD * statistics.median([abs(v - median) for v in state.values])
     threshold = median + max(SIGMAS * sigma, margin)
     if value <= threshold:
-        return replace(after, values=(*after.values, value)[-WINDOW:], rejected=0), None
+        return learned, None
+    after = _next(state)
     if after.rejected + 1 >= WINDOW:  # no spike but a new level: learn it instead of firing for ever
         return State((), after.quiet), None
     after = replace(after, rejected=after.rejected + 1)
@@ -164,8 +169,13 @@ def _spike(
     return replace(after, quiet=COOL_DOWN), event((threshold, median))
 
 
-def _next(state: State) -> State:
-    return replace(state, quiet=max(0, state.quiet - 1))
+def _next(state: State, values: tuple[float, ...] | None = None, rejected: int | None = None) -> State:
+    """The state one value later. Not by `replace`, which takes longer than a detector: this is every step."""
+    return State(
+        state.values if values is None else values,
+        max(0, state.quiet - 1),
+        state.rejected if rejected is None else rejected,
+    )
 
 
 def _exp(number: float) -> float:

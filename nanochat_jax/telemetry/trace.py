@@ -11,13 +11,16 @@ Source: https://www.w3.org/TR/trace-context/, https://opentelemetry.io/docs/spec
 import contextlib
 import json
 import logging
+import os
 import queue
 import re
 import secrets
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +112,27 @@ def _attributes(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class SpanFile:
-    """Appends spans to a file, one line each; a full disk ends the writing, not the run."""
+    """Appends spans to a file, one line each; a full disk ends the writing, not the run.
+
+    The file is opened at the first span and closed with this object.
+    """
 
     def __init__(self, path: Path):
         self._path, self._broken = path, False
 
+    @cached_property
+    def _file(self) -> int:
+        file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        weakref.finalize(self, os.close, file)
+        return file
+
     def __call__(self, span: dict[str, Any]) -> None:
         if self._broken:
             return
+        line = (json.dumps(span) + "\n").encode()
         try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(span) + "\n")
+            while line:  # a disk that has room for a part of it takes that, and then refuses
+                line = line[os.write(self._file, line) :]
         except OSError as error:
             self._broken = True
             log.warning("spans are no longer written: %s", error)

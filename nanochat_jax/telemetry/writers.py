@@ -123,7 +123,7 @@ class TensorBoard:
         now = time.time_ns()
         unique = f"{now // 10**9}.{socket.gethostname()}.{now}.{os.getpid()}"
         self._records = RecordWriter(str(directory / f"events.out.tfevents.{unique}"))
-        self._open = True
+        self._open, self._tags = True, dict[str, str]()
         self._event(0, file_version="brain.Event:2")
         if resume_step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -131,10 +131,12 @@ class TensorBoard:
         self.flush()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add one scalar per finite metric. Raises: ValueError after close."""
+        """Add one scalar per finite metric, all in one record. Raises: ValueError after close."""
+        summary = self._proto.Event().summary
         for name, value in metrics.items():
             if math.isfinite(value):
-                self._event(step, summary=self._summary.scalar(name, value))
+                summary.value.add(tag=self._tag(name), simple_value=value)
+        self._event(step, summary=summary)
         self.flush()
 
     def text(self, step: int, tag: str, value: str) -> None:
@@ -142,6 +144,12 @@ class TensorBoard:
         verbatim = "    " + value.replace("\n", "\n    ")  # a Markdown code block
         self._event(step, summary=self._summary.text(tag, verbatim))
         self.flush()
+
+    def _tag(self, name: str) -> str:
+        """The name in the alphabet that TensorBoard allows."""
+        if name not in self._tags:
+            self._tags[name] = self._summary.scalar(name, 0.0).value[0].tag
+        return self._tags[name]
 
     def _event(self, step: int, **content: Any) -> None:
         if not self._open:

@@ -21,7 +21,7 @@ from nanochat_jax.telemetry.goodput import Ledger
 from nanochat_jax.telemetry.trace import Trace
 from nanochat_jax.telemetry.writers import Multi
 from nanochat_jax.train.loop import Hook, StopTraining
-from nanochat_jax.types import Metrics, TrainState
+from nanochat_jax.types import TrainState
 
 
 def memory_gib() -> float:
@@ -116,15 +116,10 @@ def log_metrics(
     # The gate's second stage has no backward pass, which the formula counts: no figure rather than a wrong one.
     second = any(name == "gate" for name, _ in cfg.train.loss)
     peak = None if second else flops.peak_flops(kinds[0])
-    project = projections.from_config(cfg.model)
-    roles = project.ternary_roles()
-    codes = jax.jit(lambda params: ternary.all_codes(params, roles, project.group))
-    health = jax.jit(ternary.health)
-    rates_at = jax.jit(lambda step: optim.learning_rates(schedules, step))  # op by op it takes milliseconds
-    before: dict = {}
+    measure, codes = _measuring(schedules, projections.from_config(cfg.model)), None
 
     def hook(done: int, state: TrainState, metrics: dict[str, float]) -> None:
-        nonlocal count, began, compiled, pauses, span
+        nonlocal count, began, compiled, pauses, span, codes
         if not metrics:
             began, pauses = (
                 clock(),
@@ -148,7 +143,8 @@ def log_metrics(
         mean = {name: total / count for name, total in sums.items() if name != "step"}
         speed = tokens_per_step * count / seconds
         skipped = int(metrics.get("opt/skipped", 0))
-        mean |= _floats(rates_at(step - 1 - skipped))
+        codes, measured = measure(state, codes, step - 1 - skipped)
+        mean |= measured
         mean |= {name: metrics[name] for name in ("opt/skipped", "opt/skipped_in_a_row") if name in metrics}
         mean |= {
             "perf/tokens_per_second": speed,
@@ -160,8 +156,6 @@ def log_metrics(
         }
         if peak:
             mean["perf/mfu"] = speed * work / (peak * len(kinds))
-        if roles:
-            mean |= _floats(_ternary(state, before, codes, health))
         writers.write(step, mean)
         progress.line(step, mean)
         trace.end(span, step=step, steps=count, step_ms=mean["perf/step_ms"], data_ms=mean["data/wait_ms"])
@@ -173,15 +167,26 @@ def log_metrics(
     return hook
 
 
-def _ternary(state: TrainState, before: dict, codes: Callable, health: Callable) -> Metrics:
-    now = codes(state.params)
-    metrics = health(now, before.get("codes"))
-    before["codes"] = now
-    return metrics
+def _measuring(schedules: Schedules, project: projections.Project) -> Callable:
+    """(state, codes of the last call or None, updates before) -> (codes, metrics as floats): learning rates,
+    and the health of ternary weights if there are any. One program and one transfer: each costs as much as all
+    else that is done for an interval."""
+    roles, names = project.ternary_roles(), dict[bool, list[str]]()
 
+    @jax.jit
+    def vector(params, before, step):
+        metrics = optim.learning_rates(schedules, step)
+        codes = ternary.all_codes(params, roles, project.group) if roles else None
+        if codes is not None:
+            metrics |= ternary.health(codes, before)
+        names[before is None] = list(metrics)
+        return codes, jax.numpy.stack(list(metrics.values()))
 
-def _floats(metrics: Metrics) -> dict[str, float]:
-    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+    def measure(state: TrainState, before: dict | None, step: int) -> tuple[dict | None, dict[str, float]]:
+        codes, values = vector(state.params if roles else None, before, step)
+        return codes, dict(zip(names[before is None], jax.device_get(values).tolist(), strict=True))
+
+    return measure
 
 
 def evaluate(

@@ -177,3 +177,39 @@ def test_what_detectors_remember_survives_json():
     record = json.loads(json.dumps(anomaly.to_json(states)))
     assert anomaly.from_json(record) == states and states["loss"].quiet > 0
     assert anomaly.from_json({}) == {}
+
+
+def plain_spike(state, value, margin, patience):
+    """The rule as it reads, everything computed at every value: (state, whether it fires)."""
+    quiet, values = max(0, state.quiet - 1), state.values
+    if not math.isfinite(value):
+        return State(values, quiet, state.rejected), False
+    if len(values) < MIN_VALUES:
+        return State((*values, value), quiet, state.rejected), False
+    median = float(np.median(values))
+    sigma = anomaly.SIGMA_OF_MAD * float(np.median(np.abs(np.array(values) - median)))
+    if value <= median + max(anomaly.SIGMAS * sigma, margin):
+        return State((*values, value)[-WINDOW:], quiet, 0), False
+    if state.rejected + 1 >= WINDOW:
+        return State((), quiet), False
+    fires = not quiet and state.rejected + 1 >= patience
+    return State(values, COOL_DOWN if fires else quiet, state.rejected + 1), fires
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_need_not_be_computed_changes_nothing(seed, patience):
+    """Calm and rough series with spikes, NaN, and a new level."""
+    rng = np.random.default_rng(seed)
+    values = 2.0 + np.cumsum(rng.normal(0, 0.02 * seed, 700)) + rng.normal(0, [0.02, 0.2][seed % 2], 700)
+    values[rng.integers(0, 700, 30)] += rng.exponential(1.0, 30)
+    values[rng.integers(0, 700, 5)] = math.nan
+    values[450:] += 3.0
+    state, want = State(), State()
+    fired = 0
+    for value in values.tolist():
+        state, event = anomaly._spike(state, value, 0.25, lambda limits: limits, patience)
+        want, fires = plain_spike(want, value, 0.25, patience)
+        assert (state, bool(event)) == (want, fires)
+        fired += fires
+    assert fired

@@ -1,16 +1,24 @@
 """Hooks: what counts as training time, anomalies; and the words of --verify_resume."""
 
+import dataclasses
 import time
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from nanochat_jax import optim
+from nanochat_jax import params as params_lib
 from nanochat_jax.config import Config, LogConfig, LoopConfig, ModelConfig, TrainConfig
+from nanochat_jax.model import transformer
+from nanochat_jax.quant import project as projections
+from nanochat_jax.quant import ternary
 from nanochat_jax.telemetry.anomaly import MIN_VALUES
 from nanochat_jax.telemetry.goodput import Ledger
 from nanochat_jax.telemetry.trace import Trace
 from nanochat_jax.train import hooks, loop, verify
+from nanochat_jax.types import TrainState
 
 
 class Sink:
@@ -79,7 +87,6 @@ def test_an_interval_counts_the_step_that_logging_waits_for(monkeypatch):
     cfg = Config(train=TrainConfig(steps=100), log=LogConfig(every_steps=5))
     _, schedules = optim.build(cfg.opt, 100)
     hook = hooks.log_metrics(cfg, schedules, sink, sink, ledger, Trace(()))
-    monkeypatch.setattr(hooks, "_ternary", lambda *args: {})
     hook = hooks.booked(hook, "telemetry", ledger)
     with ledger.within("step"):
         hook(1, None, {})
@@ -141,3 +148,28 @@ def test_a_pause_is_the_time_of_the_hook_only():
 def test_children_get_the_other_words(argv, kept):
     flags = {"--verify_resume": False, "--workdir": True, "--resume": True}
     assert verify._without(tuple(argv.split()), flags) == tuple(kept.split())
+
+
+@pytest.mark.parametrize("quant", ["full", "ternary"])
+def test_rates_and_health_of_an_interval_come_in_one_transfer(quant, tiny, key, monkeypatch):
+    """Also of sharded weights, on every device, so that each of several processes has them."""
+    model, transfers = dataclasses.replace(tiny, quant=quant), []
+    monkeypatch.setattr(hooks.jax, "device_get", lambda x: transfers.append(x) or np.asarray(x))
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    params = params_lib.init_params(transformer.param_specs(model), key)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.tree.map(lambda leaf: jax.device_put(leaf, place if leaf.ndim > 1 else whole), params)
+    project, schedules = projections.from_config(model), optim.build(Config().opt, 100)[1]
+    measure, codes, before = hooks._measuring(schedules, project), None, None
+    for step, weights in ((0, params), (7, jax.tree.map(jnp.negative, params))):
+        state = TrainState(jnp.int32(step), weights, ())
+        codes, got = measure(state, codes, step)
+        want = optim.learning_rates(schedules, step)
+        if quant == "ternary":
+            now = ternary.all_codes(state.params, project.ternary_roles(), project.group)
+            want |= ternary.health(now, before)
+            before = now
+            assert ("quant/flip_rate" in got) == (step > 0)
+        assert got == pytest.approx({name: float(value) for name, value in want.items()}, rel=1e-6)
+    assert len(transfers) == 2 and all(x.ndim == 1 and x.is_fully_replicated for x in transfers)
