@@ -339,7 +339,7 @@ class InferConfig:
     exit_quantile: float = 1.0  # a token leaves the loops at this share of its exit distribution; 1 = never
     loop_cache: str = "all"  # keys and values that later tokens find: of all loops | of the last one only
     capacity: int = 1024  # slots of the key/value cache: prompt and answer together
-    weights: str = "auto"  # ternary matrices: full | codes, rounded once | packed, 2 bits per weight
+    weights: str = "auto"  # matrices in low bits: full | codes, rounded once | packed, 2 or 4 bits per weight
     impl: str = "auto"  # of the packed product: auto | pallas (GPU) | reference (plain XLA)
     draft_tokens: int = 0  # speculative decoding: tokens drafted ahead at most; 0 = none
     draft_loops: int = 0  # drafts come from the model with so many loops; 0 = from the layers of model.mtp

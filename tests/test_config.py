@@ -511,8 +511,16 @@ def test_blocks_resolve(name):
         ({"ckpt__verify": "md5"}, "'ckpt.verify' = 'md5' is unknown"),
         ({"infer__top_p": 0.0}, "'infer.top_p' must be in (0, 1]"),
         ({"infer__weights": "pakced"}, "'infer.weights' = 'pakced' is unknown"),
-        ({"infer__weights": "packed"}, "needs ternary weights, but model.quant is 'full'"),
-        ({"infer__weights": "codes"}, "'infer.weights' = 'codes' needs ternary weights"),
+        (
+            {"infer__weights": "packed"},
+            "needs ternary, NVFP4 or MXFP4 weights in the forward pass, but model.quant is 'full'",
+        ),
+        (
+            {"infer__weights": "codes"},
+            "'infer.weights' = 'codes' needs weights in low bits in the forward pass",
+        ),
+        ({"infer__weights": "packed", "model__quant": "mxfp4_grad"}, "but model.quant is 'mxfp4_grad'"),
+        ({"infer__weights": "packed", "model__quant": "fp8"}, "but model.quant is 'fp8'"),
         (
             {"infer__impl": "reference"},
             "'infer.impl' has no effect because infer.weights is 'auto', not 'packed'",

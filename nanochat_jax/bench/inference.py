@@ -28,6 +28,7 @@ from nanochat_jax.config import Config
 from nanochat_jax.export import hf, publish, tokenization
 from nanochat_jax.inference import load, schedule, slots, speculative
 from nanochat_jax.inference.schedule import Engine, Job, Request
+from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Params
 
 FIRST, PROMPT, ROWS = 64, 24, 8  # tokens of the prompt to the first token; of others; rows of a full batch
@@ -225,7 +226,7 @@ def inference(
     capacity = max(cfg.infer.capacity, FIRST + 1, PROMPT + tokens)
     firsts = prompts(tokenizer, FIRST, repeats + 1)
     given = prompts(tokenizer, PROMPT, (repeats + 1) * ROWS)
-    kinds = ["full", *(["codes", "packed"] if cfg.model.quant.startswith("ternary") else [])]
+    kinds = projections.forms(cfg.model)
     usual = load.form(cfg.model, cfg.infer)
     count, loops = drafts_of(cfg)
 

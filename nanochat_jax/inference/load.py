@@ -13,7 +13,7 @@ from nanochat_jax.config import Config, ConfigError, InferConfig, MeshConfig, Mo
 from nanochat_jax.inference import engine, pace, schedule, speculative
 from nanochat_jax.kernels import dispatch
 from nanochat_jax.model import loop, transformer
-from nanochat_jax.quant import coded, pack
+from nanochat_jax.quant import coded
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Params
 
@@ -32,24 +32,20 @@ def load_params(cfg: Config, workdir: Path) -> Params:
 
 
 def form(cfg: ModelConfig, settings: InferConfig) -> str:
-    """How ternary matrices are held: "full", "codes" or "packed"; what `infer.weights` = "auto" stands for."""
+    """How matrices in low bits are held: "full", "codes" or "packed"; what `infer.weights` = "auto" stands for."""
     if settings.weights != "auto":
         return settings.weights
-    if not cfg.quant.startswith("ternary"):
-        return "full"
-    return "codes" if dispatch.backend() == "cpu" else "packed"
+    *known, last = projections.forms(cfg)
+    return "codes" if dispatch.backend() == "cpu" and "codes" in known else last
 
 
 def served(cfg: ModelConfig, params: Params, settings: InferConfig, rows: int = 1) -> Params:
-    """The parameters as answers to `rows` requests at a time are computed from them: ternary matrices in the
+    """The parameters as answers to `rows` requests at a time are computed from them: matrices in low bits in the
     form that `infer.weights` names, and the layers' arrays apart."""
-    project, held = projections.from_config(cfg), form(cfg, settings)
-    if held == "packed":
-        params = pack.pack_params(params, project.ternary_roles(), cfg.quant_group, settings.impl)
-    if held == "codes":
-        floating = transformer.compute_dtype(cfg).name
-        dtype = floating if cfg.quant_group else coded.carrier(rows, cfg.dim, cfg.mlp_dim)
-        params = coded.code_params(params, project.ternary_roles(), cfg.quant_group, dtype)
+    held, dtype = form(cfg, settings), transformer.compute_dtype(cfg).name
+    if held == "codes" and projections.from_config(cfg).ternary_roles() and not cfg.quant_group:
+        dtype = coded.carrier(rows, cfg.dim, cfg.mlp_dim)
+    params = projections.hold(cfg, params, held, dtype, settings.impl)
     return transformer.apart(params) if loop.effective_layers(cfg) <= WRITTEN_OUT else params
 
 

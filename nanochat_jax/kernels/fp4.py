@@ -36,6 +36,7 @@ LEVELS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # by the lower thre
 TOP = 6.0
 E4M3_TOP, E4M3_LEAST = 448.0, 2.0**-9
 FORMATS = {"nvfp4": 16, "mxfp4": 32}  # -> elements that share a scale
+MAX_ROWS = 256  # of the left operand of a packed product, above which the kernel would unpack the right one too often
 
 
 class Blocks(NamedTuple):
@@ -264,8 +265,8 @@ def dequantize(blocks: Blocks, name: str, tiles: bool = False) -> jax.Array:
     return (decode(blocks.codes).reshape(shape) * scales).reshape(blocks.codes.shape)
 
 
-def _dequantize_reference(packed: Blocks, name: str, dtype: Any) -> jax.Array:
-    return dequantize(packed._replace(codes=unpack(packed.codes)), name).astype(dtype)
+def _dequantize_reference(packed: Blocks, name: str, dtype: Any, tiles: bool = False) -> jax.Array:
+    return dequantize(packed._replace(codes=unpack(packed.codes)), name, tiles).astype(dtype)
 
 
 def _dequantize_pallas(packed: Blocks, name: str, dtype: Any, interpret: bool = False) -> jax.Array:
@@ -299,7 +300,10 @@ def dequantize_packed(packed: Blocks, name: str, dtype: Any = jnp.float32, impl:
 
 def _dot_reference(a: Blocks, b: Blocks, name: str) -> jax.Array:
     one = jnp.ones((), jnp.float32)
-    x, y = (_dequantize_reference(operand._replace(tensor=one), name, jnp.bfloat16) for operand in (a, b))
+    x, y = (
+        _dequantize_reference(v._replace(tensor=one), name, jnp.bfloat16, len(v.scales) < len(v.codes))
+        for v in (a, b)
+    )
     contract_last = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, y, contract_last, preferred_element_type=jnp.float32)
 
@@ -308,6 +312,16 @@ def _dot_pallas(a: Blocks, b: Blocks, name: str, interpret: bool = False) -> jax
     kernel = dispatch.pallas("fp4_pallas", interpret)
     x, y = ((o.codes, jax.lax.bitcast_convert_type(o.scales, jnp.uint8)) for o in (a, b))
     return kernel.dot(x, y, name, interpret)
+
+
+def _dot_probed(a: Blocks, b: Blocks, name: str) -> jax.Array:
+    """The kernel if it works on this device and pays. Packed weights are what inference holds, on one device: see
+    `kernels.ternary`, where the same holds."""
+    dispatch.need_gpu()
+    if len(a.codes) > MAX_ROWS:
+        raise NotImplementedError(f"{len(a.codes)} rows: unpacking first is faster above {MAX_ROWS}")
+    dispatch.refuse("nanochat_jax.kernels.fp4:check_on_device", placed=True)
+    return _dot_pallas(a, b, name)
 
 
 DOT: dict[str, Callable[..., Any]] = {
@@ -320,12 +334,14 @@ DOT: dict[str, Callable[..., Any]] = {
 def packed_dot(a: Blocks, b: Blocks, name: str, impl: str = "auto") -> jax.Array:
     """a @ b^T of packed operands, float32 [M, N].
 
-    Args: a, b: of `quantize_packed`, codes [M, K / 2] and [N, K / 2]. impl: as for `quantize`, in DOT.
+    Args: a, b: of `quantize_packed`, codes [M, K / 2] and [N, K / 2]; scales of b may be those of square tiles,
+    [N / block, K / block]. impl: as for `quantize`, in DOT; "auto" leaves many rows to plain XLA.
     Raises: ValueError if the inputs differ.
     """
     if a.codes.shape[-1] != b.codes.shape[-1]:
         raise ValueError(f"operands have {2 * a.codes.shape[-1]} and {2 * b.codes.shape[-1]} inputs")
-    return _run(DOT, impl, a, b, name) * (a.tensor * b.tensor)
+    impls = {**DOT, "pallas": _dot_probed} if impl == "auto" else DOT
+    return dispatch.first(impls, impl, a, b, name) * (a.tensor * b.tensor)
 
 
 def check_on_device() -> None:
@@ -357,9 +373,15 @@ def check_on_device() -> None:
         if not _near(*values):
             raise ValueError(f"wrong values of {name}")
         exact = np.asarray(values[1], np.float64) / np.float64(packed.tensor)
-        got = jax.jit(_dot_pallas, static_argnums=2)(packed, packed, name)
-        if not np.all(np.abs(got - exact @ exact.T) <= 1e-5 * (np.abs(exact) @ np.abs(exact).T)):
-            raise ValueError(f"wrong product in {name}")
+        block = FORMATS[name]
+        square = packed._replace(codes=packed.codes[:block], scales=packed.scales[:1])
+        tile = np.asarray(decode(unpack(square.codes)), np.float64) * np.repeat(
+            np.asarray(square.scales, np.float64), block, 1
+        )
+        for other, wide in ((packed, exact), (square, tile)):
+            got = jax.jit(_dot_pallas, static_argnums=2)(packed, other, name)
+            if not np.all(np.abs(got - exact @ wide.T) <= 1e-5 * (np.abs(exact) @ np.abs(wide).T)):
+                raise ValueError(f"wrong product in {name}")
 
 
 def _shown(run: Callable[..., Any], v: jax.Array, name: str, key: Key | None, result: str) -> tuple:

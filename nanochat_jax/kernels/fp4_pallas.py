@@ -183,25 +183,27 @@ def dot(
 ) -> jax.Array:
     """Product of packed operands without the tensors' scales: float32 [M, N].
 
-    Args: a: (codes [M, K / 2], the scales' bits [M, K / block]), uint8. b: the same for [N, K].
+    Args: a: (codes [M, K / 2], the scales' bits [M, K / block]), uint8. b: the same for [N, K], whose scales may
+    be those of square tiles, [N / block, K / block].
     """
     (M, half), N, block = a[0].shape, b[0].shape[0], BLOCK[name]
     bm = 16 if M <= 16 else 64
     bn = 64 if N > 16 else 16
+    each = N // b[1].shape[0]  # rows of b that share a scale
     # Spare rows and inputs have code 0, the level 0.
     a, b = (
         (
             jnp.pad(codes, ((0, -len(codes) % rows), (0, -half % (DEPTH // 2)))),
-            jnp.pad(scales, ((0, -len(codes) % rows), (0, -half % (DEPTH // 2) * 2 // block))),
+            jnp.pad(scales, ((0, -len(codes) % rows // own), (0, -half % (DEPTH // 2) * 2 // block))),
         )
-        for (codes, scales), rows in ((a, bm), (b, bn))
+        for (codes, scales), rows, own in ((a, bm, 1), (b, bn, each))
     )
     depth = 2 * a[0].shape[1]
     shape = a[0].shape[0], b[0].shape[0]
     specs = [
-        pl.BlockSpec((size, columns), (lambda i, j: (i, 0)) if left else (lambda i, j: (j, 0)))
-        for left, size in ((True, bm), (False, bn))
-        for columns in (depth // 2, depth // block)
+        pl.BlockSpec((rows, columns), (lambda i, j: (i, 0)) if left else (lambda i, j: (j, 0)))
+        for left, size, own in ((True, bm, 1), (False, bn, each))
+        for rows, columns in ((size, depth // 2), (size // own, depth // block))
     ]
     made = pl.pallas_call(
         functools.partial(_dot, name=name, steps=depth // DEPTH),
@@ -221,7 +223,7 @@ def _dot(a_ref, a_scale_ref, b_ref, b_scale_ref, out_ref, *, name, steps):
         codes = codes_ref[:, pl.ds(i * (DEPTH // 2), DEPTH // 2)].astype(jnp.int32)
         per_step = DEPTH // BLOCK[name]
         scale = _scale(scales_ref[:, pl.ds(i * per_step, per_step)].astype(jnp.int32), name)
-        scale = triton.along(scale, codes.shape)
+        scale = triton.along(triton.down(scale, codes.shape[0]), codes.shape)
         return [(_signed_level(part) * scale).astype(jnp.bfloat16) for part in (codes & 15, codes >> 4)]
 
     def step(i, total):

@@ -33,6 +33,14 @@ def along(blocks: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return repeated.reshape(shape)
 
 
+def down(blocks: jax.Array, rows: int) -> jax.Array:
+    """[m / b, n] -> [m, n] for m = `rows`: each entry repeated for the b rows of its block."""
+    few, columns = blocks.shape
+    if few == rows:
+        return blocks
+    return jnp.broadcast_to(blocks[:, None, :], (few, rows // few, columns)).reshape(rows, columns)
+
+
 def random_bits(first_row, first_column, shape: tuple[int, int], width: int, salt_ref) -> jax.Array:
     """`noise.hashed` of the elements of a tile of a matrix of `width` columns; uint32 of `shape`."""
     rows = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + first_row

@@ -19,7 +19,6 @@ from flax import struct
 
 from nanochat_jax.kernels import dispatch, integer
 from nanochat_jax.quant import ternary
-from nanochat_jax.types import Params
 
 MATRICES = 8  # that `carrier` multiplies with: a single one would stay in the first cache
 
@@ -34,6 +33,11 @@ class CodedTernary:
 
     codes: jax.Array
     scale: jax.Array | None
+
+    @property
+    def weight(self) -> str:
+        """The format, a name in `matmul.WEIGHTS`."""
+        return "ternary"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,18 +67,12 @@ def carrier(rows: int, inputs: int, outputs: int) -> str:
     return dispatch.fastest({name: product(name) for name in integer.IMPLS}, arguments, runs=20)
 
 
-def code_params(params: Params, roles: tuple[str, ...], group: int, dtype: str) -> Params:
-    """`params` with the block matrices that the roles name quantized, their codes in `dtype`.
-
-    Args: roles: e.g. `Project.ternary_roles()`. group: inputs per scale, 0 = one scale per matrix. dtype: from
-    `carrier`, or with groups a floating one.
-    Returns: a new tree; every other leaf is shared with the old one.
-    """
-    return ternary.replaced(params, roles, lambda w: _code(w, group, dtype))
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _code(w: jax.Array, group: int, dtype: str) -> CodedTernary:
+def code(w: jax.Array, group: int, dtype: str) -> CodedTernary:
+    """Matrices [..., m, n] quantized, their codes in `dtype`.
+
+    Args: group: inputs per scale, 0 = one scale per matrix. dtype: from `carrier`, or with groups a floating one.
+    """
     t, gamma = ternary.quantize_ternary(w, group)
     if group:
         return CodedTernary(ternary.dequantize(t, gamma).astype(dtype), None)

@@ -180,17 +180,28 @@ def _in_units(x: jax.Array, ws: Arrays, name: str, how: Fp4Config) -> jax.Array:
     return _beside([fp4_products.in_units(rows, column) for column in columns])
 
 
+def product(
+    x_codes: jax.Array, x_scale: jax.Array | None, w_codes: jax.Array, w_scale: jax.Array | None, dtype
+) -> jax.Array:
+    """The forward's product of two operands that are rounded already, before the last cast.
+
+    Args: x_codes: [..., m]. x_scale: [..., 1] or None. w_codes: [m, n]. w_scale: [1, n], [1, 1] or None.
+    dtype: of the product of codes, unless both are int8. Returns: floating [tokens, n].
+    """
+    if w_scale is not None and x_codes.dtype == w_codes.dtype == jnp.int8:  # an exact integer product
+        return _rows(integer.integer_matmul(x_codes, w_codes)) * (w_scale * _rows(x_scale))
+    y = jnp.matmul(_rows(x_codes.astype(dtype)), w_codes.astype(dtype))
+    y = y if w_scale is None else y * w_scale
+    return y if x_scale is None else y * _rows(x_scale)
+
+
 def _forward(x, ws, weight, act, group, grad, how, key):
     x_codes, x_scale = ACTIVATIONS[act](x, how)
     w_codes, w_scale = _operand(ws, weight, group, x.dtype)
     if weight == act and scaled.native(weight):
         y = _in_units(x, ws, weight, how)
-    elif w_scale is not None and x_codes.dtype == w_codes.dtype == jnp.int8:  # an exact integer product
-        y = _rows(integer.integer_matmul(x_codes, w_codes)) * (w_scale * _rows(x_scale))
     else:
-        y = jnp.matmul(_rows(x_codes.astype(x.dtype)), w_codes.astype(x.dtype))
-        y = y if w_scale is None else y * w_scale
-        y = y if x_scale is None else y * _rows(x_scale)
+        y = product(x_codes, x_scale, w_codes, w_scale, x.dtype)
     y = y.astype(x.dtype).reshape(*x.shape[:-1], -1)
     witness = jnp.zeros((0,), x.dtype), tuple(jnp.zeros((0, w.shape[1]), w.dtype) for w in ws)
     if act in fp4.FORMATS:  # cut along the tokens for dw, from x itself: rounding twice would add up

@@ -18,7 +18,6 @@ from flax import struct
 
 from nanochat_jax.kernels import ternary as kernels
 from nanochat_jax.quant import ternary
-from nanochat_jax.types import Params
 
 
 @struct.dataclass
@@ -33,6 +32,11 @@ class PackedTernary:
     scale: jax.Array
     inputs: int = struct.field(pytree_node=False)
     impl: str = struct.field(pytree_node=False, default="auto")
+
+    @property
+    def weight(self) -> str:
+        """The format, a name in `matmul.WEIGHTS`."""
+        return "ternary"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,18 +69,12 @@ def unpack(packed: PackedTernary) -> tuple[jax.Array, jax.Array]:
     return t, packed.scale[..., None, :] if packed.grouped else packed.scale[..., None, None]
 
 
-def pack_params(params: Params, roles: tuple[str, ...], group: int = 0, impl: str = "auto") -> Params:
-    """`params` with the block matrices that the roles name quantized and packed.
-
-    Args: roles: e.g. `Project.ternary_roles()`. group: inputs per scale, 0 = one scale per matrix.
-    Returns: a new tree; every other leaf is shared with the old one.
-    """
-    return ternary.replaced(params, roles, lambda w: _pack_stack(w, group, impl))
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _pack_stack(w: jax.Array, group: int, impl: str) -> PackedTernary:
-    """One layer at a time, as the forward pass quantizes: the temporaries are those of one matrix."""
+def pack_stack(w: jax.Array, group: int = 0, impl: str = "auto") -> PackedTernary:
+    """A stack of matrices [N, m, n] quantized and packed, one at a time: the temporaries are those of one.
+
+    Args: group: inputs per scale, 0 = one scale per matrix.
+    """
     return jax.lax.map(lambda one: pack(*ternary.quantize_ternary(one, group), impl), w)
 
 

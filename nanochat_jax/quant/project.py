@@ -4,8 +4,10 @@ The model calls `project("attn/q", x, w)` for every weight matmul and knows no f
 holds ordered rules (regex on the role, Precision); the first match wins.
 """
 
+import functools
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -13,9 +15,10 @@ from flax import struct
 
 from nanochat_jax.config import Fp4Config, ModelConfig
 from nanochat_jax.kernels import dispatch, fp4, scaled
-from nanochat_jax.quant import coded, pack
+from nanochat_jax.params import path_name
+from nanochat_jax.quant import coded, fp4_packed, pack, rounded, ternary
 from nanochat_jax.quant.matmul import ACTIVATIONS, GRADIENTS, WEIGHTS, matmul
-from nanochat_jax.types import Key
+from nanochat_jax.types import Key, Params
 
 # Weight matrices of a block, by role; everything else multiplies in full precision.
 BLOCK_ROLES = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
@@ -43,9 +46,24 @@ class Precision:
 
 Rules = tuple[tuple[str, Precision], ...]
 LOW = (*fp4.FORMATS, "fp4_rows", "fp8")  # formats that `spared` takes back
-Weight = jax.Array | pack.PackedTernary | coded.CodedTernary
-# product of a leaf that inference holds in place of a latent matrix, see quant/pack.py and quant/coded.py
-SERVED = {pack.PackedTernary: pack.matmul, coded.CodedTernary: coded.matmul}
+Weight = jax.Array | pack.PackedTernary | coded.CodedTernary | fp4_packed.PackedFp4 | rounded.Rounded
+# product of a leaf that inference holds in place of a latent matrix, by the leaf's type
+SERVED = {
+    pack.PackedTernary: pack.matmul,
+    coded.CodedTernary: coded.matmul,
+    fp4_packed.PackedFp4: fp4_packed.matmul,
+    rounded.Rounded: rounded.matmul,
+}
+# Form in which inference holds matrices -> their format -> (stack of matrices, Project, format, dtype, impl) ->
+# such a leaf. Formats that a form does not name stay latent, and are rounded in every step.
+_ROUNDED = {name: lambda w, p, name, dtype, impl: rounded.round_stack(w, name, p.how, dtype) for name in LOW}
+HELD: dict[str, dict[str, Callable[..., Weight]]] = {
+    "full": {},
+    "codes": _ROUNDED | {"ternary": lambda w, p, name, dtype, impl: coded.code(w, p.group, dtype)},
+    "packed": _ROUNDED
+    | {"ternary": lambda w, p, name, dtype, impl: pack.pack_stack(w, p.group, impl)}
+    | {name: lambda w, p, name, dtype, impl: fp4_packed.pack_stack(w, name, impl) for name in fp4.FORMATS},
+}
 
 
 def _blocks(*slots: str) -> Rules:
@@ -134,8 +152,8 @@ class Project:
 
     def _one(self, role: str, x: jax.Array, w: Weight, p: Precision) -> jax.Array:
         if type(w) in SERVED:
-            if p.weight != "ternary":
-                raise ValueError(f"'{role}' has ternary codes, but its rule says '{p.weight}'")
+            if p.weight != w.weight:  # type: ignore[union-attr]
+                raise ValueError(f"'{role}' has {w.weight} codes, but its rule says '{p.weight}'")  # type: ignore[union-attr]
             return SERVED[type(w)](x, w, p.act)
         self._check(role, p, w)
         key = None
@@ -179,3 +197,41 @@ class Project:
 def from_config(cfg: ModelConfig) -> Project:
     """The Project that `model.quant`, `model.quant_group` and `model.fp4` name."""
     return Project(PRESETS[cfg.quant], cfg.quant_group, cfg.fp4)
+
+
+def by_stack(cfg: ModelConfig) -> dict[str, Project]:
+    """What multiplies the matrices of each stack: layers outside the loops are spared unless `model.fp4` says
+    otherwise, those of further tokens always are."""
+    project = from_config(cfg)
+    inside = ("blocks", "before", "after") if cfg.fp4.outside == "same" else ("blocks",)
+    return {stack: project if stack in inside else project.spared() for stack in ternary.STACKS}
+
+
+def forms(cfg: ModelConfig) -> tuple[str, ...]:
+    """The names in HELD that differ for this model's matrices: "packed" only if some are held in fewer bits."""
+    used = {from_config(cfg).precision(role).weight for role in BLOCK_ROLES}
+    coded_, packed = used & HELD["codes"].keys(), used & {"ternary", *fp4.FORMATS}
+    return ("full", *(["codes"] if coded_ else []), *(["packed"] if packed else []))
+
+
+def hold(cfg: ModelConfig, params: Params, form: str, dtype: str, impl: str = "auto") -> Params:
+    """`params` with the blocks' matrices as inference holds them.
+
+    Args: form: in HELD. dtype: of codes that are held one number each; for ternary ones see `coded.carrier`.
+    impl: of the product of packed matrices.
+    Returns: a new tree; every other leaf is shared with the old one.
+    """
+    makers = {}
+    for stack, project in by_stack(cfg).items():
+        for role in BLOCK_ROLES:
+            name = project.precision(role).weight
+            if name in HELD[form]:
+                makers[f"{stack}/{role}"] = functools.partial(
+                    HELD[form][name], p=project, name=name, dtype=dtype, impl=impl
+                )
+
+    def leaf(path: tuple, w: jax.Array) -> Weight:
+        name = path_name(path)
+        return makers[name](w) if name in makers else w
+
+    return jax.tree_util.tree_map_with_path(leaf, params)

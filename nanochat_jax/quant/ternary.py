@@ -10,14 +10,11 @@ Unlike the seed system, groups never cross rows, and the same codes serve traini
 Source: arXiv:2402.17764, arXiv:2504.12285.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from nanochat_jax.kernels import magnitude
-from nanochat_jax.params import flatten, path_name
+from nanochat_jax.params import flatten
 from nanochat_jax.types import Metrics, Params
 
 STACKS = ("blocks", "before", "after", "mtp")  # parts of the parameter tree that hold layers
@@ -84,14 +81,6 @@ def select(params: Params, roles: tuple[str, ...]) -> dict[str, jax.Array]:
     """The stacked matrices of `params` that the roles name, by path."""
     wanted = {f"{stack}/{role}" for stack in STACKS for role in roles}
     return {path: w for path, w in flatten(params).items() if path in wanted}
-
-
-def replaced(params: Params, roles: tuple[str, ...], make: Callable[[jax.Array], Any]) -> Params:
-    """A new tree with make(w) for every stacked matrix that the roles name; other leaves are shared."""
-    chosen = select(params, roles)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: make(w) if path_name(path) in chosen else w, params
-    )
 
 
 def rescaled(y: jax.Array, gamma: jax.Array | None, inverse: jax.Array | None, dtype) -> jax.Array:

@@ -26,7 +26,6 @@ from nanochat_jax.evals import loss as eval_loss
 from nanochat_jax.inference import engine, load
 from nanochat_jax.model import collider, flops, transformer
 from nanochat_jax.quant import project as projections
-from nanochat_jax.quant import ternary
 from nanochat_jax.telemetry import anomaly, goodput, logs, manifest
 from nanochat_jax.telemetry.console import Progress, si
 from nanochat_jax.telemetry.trace import Exporter, SpanFile, Trace
@@ -42,14 +41,9 @@ def parameter_table(cfg: Config) -> str:
     """Path, shape, format, optimizer group, count and bytes of every weight, and the totals."""
     specs = params_lib.flatten(transformer.param_specs(cfg.model))
     groups = params_lib.flatten(optim.labels(transformer.param_specs(cfg.model)))
-    project = projections.from_config(cfg.model)
-    spared = project.spared()
-    of = dict.fromkeys(ternary.STACKS, spared) | {"blocks": project}
-    if cfg.model.fp4.outside == "same":
-        of |= {"before": project, "after": project}
     formats = {
-        f"{stack}/{role}": of[stack].precision(role).weight
-        for stack in of
+        f"{stack}/{role}": project.precision(role).weight
+        for stack, project in projections.by_stack(cfg.model).items()
         for role in projections.BLOCK_ROLES
     }
     rows = [("path", "shape", "format", "group", "count", "bytes")]

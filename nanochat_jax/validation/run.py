@@ -21,6 +21,9 @@ READ = {
     "adamw": ("beta1", "beta2", "eps"),
     "lion": ("beta1", "beta2"),
 }
+# infer.weights -> presets without matrices that could be held so.
+NOT_HELD = {"codes": ("full", "nvfp4_grad", "mxfp4_grad")}
+NOT_HELD["packed"] = (*NOT_HELD["codes"], "fp8", "fp4_rows")
 
 
 def _validate_reference(c: Config) -> None:
@@ -166,9 +169,10 @@ def validate_run(c: Config) -> None:
         unused("infer", i, "model.loop.count is 1", ("loop_cache",))
     choice("infer.weights", i.weights, ("auto", "full", "codes", "packed"))
     choice("infer.impl", i.impl, ("auto", "pallas", "reference"))
-    if i.weights in ("codes", "packed") and not c.model.quant.startswith("ternary"):
+    if c.model.quant in NOT_HELD.get(i.weights, ()):
+        what = "ternary, NVFP4 or MXFP4 weights" if i.weights == "packed" else "weights in low bits"
         raise ConfigError(
-            f"'infer.weights' = '{i.weights}' needs ternary weights, but model.quant is '{c.model.quant}'"
+            f"'infer.weights' = '{i.weights}' needs {what} in the forward pass, but model.quant is '{c.model.quant}'"
         )
     if i.impl != "auto" and i.weights != "packed":
         raise ConfigError(f"'infer.impl' has no effect because infer.weights is '{i.weights}', not 'packed'")

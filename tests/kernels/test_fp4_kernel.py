@@ -13,6 +13,7 @@ from cuda_lowering import cuda_text
 
 from nanochat_jax.config import Fp4Config
 from nanochat_jax.kernels import dispatch, fp4, fp4_pallas
+from nanochat_jax.quant import fp4_packed
 from nanochat_jax.quant.matmul import matmul
 
 # jax >= 0.11 deprecates lowering Pallas through Triton; when it goes, "auto" falls back.
@@ -143,6 +144,20 @@ def test_products_of_packed_operands(name, sizes, impl):
     assert np.all(np.abs(got - x @ y.T) <= 1e-6 * (np.abs(x) @ np.abs(y).T) + 1e-30)
 
 
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+@pytest.mark.parametrize(("name", "sizes"), [("nvfp4", (3, 16, 48)), ("mxfp4", (18, 96, 160))])
+def test_products_with_scales_of_square_tiles(name, sizes, impl):
+    """One scale for a tile of the right operand is that scale for each of its rows."""
+    M, N, K = sizes
+    (a, x), (b, _) = (random_blocks(name, rows, K) for rows in (M, N))
+    tiles = b._replace(scales=b.scales[:: fp4.FORMATS[name]])
+    assert len(np.unique(np.asarray(tiles.scales).astype(np.float32))) > 1
+    rows = b._replace(scales=jnp.repeat(tiles.scales, fp4.FORMATS[name], 0))
+    y = np.asarray(fp4.dequantize_packed(rows, name, impl="reference"), np.float64)
+    got = jax.jit(fp4.packed_dot, static_argnums=(2, 3))(a, tiles, name, impl)
+    assert np.all(np.abs(got - x @ y.T) <= 1e-6 * (np.abs(x) @ np.abs(y).T) + 1e-30)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [("nvfp4", (3, 48), jnp.float32), ("mxfp4", (40, 256), jnp.bfloat16), ("nvfp4", (9, 512), jnp.bfloat16)],
@@ -221,6 +236,24 @@ def test_a_passing_probe_selects_the_kernel_in_training(name, key, monkeypatch):
     assert not calls
 
 
+def test_a_passing_probe_selects_the_packed_product(monkeypatch):
+    """infer.impl = auto on a machine that claims a GPU, one of several: packed weights lie on one. Many rows are
+    left to plain XLA."""
+    calls = []
+    monkeypatch.setattr(dispatch, "backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "probe", lambda check: "")
+    monkeypatch.setattr(fp4, "_dot_pallas", lambda a, b, name: calls.append(len(a.codes)) or jnp.ones((1, 1)))
+    assert jax.device_count() == 8
+    for rows in (1, fp4.MAX_ROWS, fp4.MAX_ROWS + 1):
+        a, b = (
+            fp4.Blocks(jnp.zeros((n, 16), jnp.uint8), jnp.ones((n, 1), jnp.float8_e8m0fnu), jnp.float32(1))
+            for n in (rows, 2)
+        )
+        jax.eval_shape(functools.partial(fp4.packed_dot, name="mxfp4"), a, b)
+        jax.eval_shape(functools.partial(fp4.packed_dot, name="mxfp4", impl="reference"), a, b)
+    assert calls == [1, fp4.MAX_ROWS]
+
+
 def test_kernels_leave_split_arrays_alone(monkeypatch):
     """On several devices only inside a shard_map over all of them: a kernel hides its operands' layout."""
     monkeypatch.setattr(dispatch, "backend", lambda: "gpu")
@@ -274,3 +307,21 @@ def test_the_other_kernels_lower_for_cuda(name):
             lambda c, s, t, dtype=dtype: fp4_pallas.dequantize(c, s, t, name, dtype), codes, scales, tensor
         )
     assert "triton" in cuda_text(lambda c, s: fp4_pallas.dot((c, s), (c, s), name), codes, scales)
+
+
+@pytest.mark.parametrize("name", fp4.FORMATS)
+def test_packed_weights_are_not_unpacked_on_a_gpu(name, monkeypatch):
+    """The program for CUDA hands packed bytes to the kernel: no array of it has the matrix's size."""
+    monkeypatch.setattr(dispatch, "need_gpu", lambda interpret=False: None)
+    m, n = 160, 224
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, m), (m, n)))
+
+    def program(impl):
+        leaf = jax.eval_shape(lambda w: fp4_packed.pack(w, name, "reference").replace(impl=impl), w)
+        return cuda_text(lambda x, w: fp4_packed.matmul(x, w, name), x, leaf)
+
+    unpacked = (f"tensor<{n}x{m}x", f"tensor<{m}x{n}x")
+    text = program("pallas")
+    assert "triton" in text and f"tensor<{n}x{m // 2}xui8>" in text
+    assert not any(shape in text for shape in unpacked)
+    assert any(shape in program("reference") for shape in unpacked)

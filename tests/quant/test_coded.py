@@ -39,7 +39,7 @@ def test_bits_of_the_training_forward(dtype, act):
     w = 0.02 * jax.random.normal(jax.random.key(0), (300, 16))
     x = jax.random.normal(jax.random.key(1), (1, 5, 300)).astype(act)
     want = matmul.matmul(x, (w,), "ternary", "int8", 0)[0]
-    leaf = coded._code(w, 0, dtype)
+    leaf = coded.code(w, 0, dtype)
     assert leaf.shape == w.shape and leaf.ndim == 2 and leaf.codes.dtype == dtype
     got = coded.matmul(x, leaf)
     assert got.dtype == act
@@ -52,7 +52,7 @@ def test_scales_of_groups_equal_float64(act):
     wide = np.asarray(ternary.dequantize(*ternary.quantize_ternary(w, 128)), np.float64)
     rows, inverse = ternary.int8_rows(x) if act == "int8" else (x, jnp.ones((5, 1)))
     want = np.asarray(rows, np.float64) * np.asarray(inverse, np.float64) @ wide
-    got = coded.matmul(x, coded._code(w, 128, "float32"), act)
+    got = coded.matmul(x, coded.code(w, 128, "float32"), act)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
@@ -61,12 +61,12 @@ def test_full_activations_are_multiplied_as_they_are():
     want = np.asarray(x, np.float64) @ np.asarray(
         ternary.dequantize(*ternary.quantize_ternary(w)), np.float64
     )
-    got = coded.matmul(x, coded._code(w, 0, "int8"), "full")
+    got = coded.matmul(x, coded.code(w, 0, "int8"), "full")
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_what_cannot_be_multiplied_is_refused():
-    leaf = coded._code(jnp.ones((32, 16)), 0, "int8")
+    leaf = coded.code(jnp.ones((32, 16)), 0, "int8")
     with pytest.raises(ValueError, match="'attn/q' has ternary codes, but its rule says 'full'"):
         projections.Project(projections.PRESETS["full"])("attn/q", jnp.ones((1, 32)), leaf)
     with pytest.raises(ValueError, match="multiply int8 or full activations, not 'nvfp4'"):
@@ -89,9 +89,9 @@ def test_a_refused_carrier_leaves_the_product_to_the_next(monkeypatch):
         raise NotImplementedError("sizes are no multiples of 16")
 
     w, x = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(64, 8), (3, 64)]))
-    want = coded.matmul(x, coded._code(w, 0, "int8"))
+    want = coded.matmul(x, coded.code(w, 0, "int8"))
     monkeypatch.setitem(integer.IMPLS, "int8", refuses)
-    np.testing.assert_array_equal(coded.matmul(x, coded._code(w, 0, "int8")), want)
+    np.testing.assert_array_equal(coded.matmul(x, coded.code(w, 0, "int8")), want)
 
 
 @pytest.mark.parametrize("cfg", [CFG, LOOPED], ids=["modern", "loops"])
@@ -127,9 +127,7 @@ def test_a_step_reads_each_weight_once():
         return sum(a.nbytes for name, part in tree.items() if name not in ("embed", "value")
                    for a in jax.tree.leaves(part))  # fmt: skip
 
-    served = transformer.apart(
-        coded.code_params(params, projections.from_config(cfg).ternary_roles(), 0, "float32")
-    )
+    served = transformer.apart(projections.hold(cfg, params, "codes", "float32"))
     assert moved(served) < 1.3 * size(served)
     assert moved(params) > 2 * size(params)
 

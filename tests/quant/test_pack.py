@@ -74,7 +74,7 @@ def test_round_trip(shape, group, seed):
 def test_only_the_named_matrices_are_packed():
     params = params_of(CFG)
     roles = projections.from_config(CFG).ternary_roles()
-    packed = pack.pack_params(params, roles)
+    packed = projections.hold(CFG, params, "packed", "float32")
     leaf = lambda x: isinstance(x, pack.PackedTernary)  # noqa: E731
     for (path, new), old in zip(
         jax.tree_util.tree_leaves_with_path(packed, is_leaf=leaf), jax.tree.leaves(params), strict=True
