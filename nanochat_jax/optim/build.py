@@ -32,6 +32,9 @@ OPTIMIZERS: dict[str, Callable[[GroupConfig, Constrain], optax.GradientTransform
 # The same directions element by element, where all but Newton-Schulz is: their 8-bit update can be one kernel.
 FORMS: dict[str, Callable[[GroupConfig, Constrain], fused.Form]] = {
     "muon": lambda g, constrain: fused.muon(g.beta1, _orthogonalizer(g, constrain)),
+    "normuon": lambda g, constrain: fused.muon(g.beta1, _orthogonalizer(g, constrain))._replace(
+        behind=normuon.scale_by_neuron_norm(g.beta2)
+    ),
     "adamw": lambda g, _: fused.adam(g.beta1, g.beta2, g.eps),
     "lion": lambda g, _: fused.lion(g.beta1, g.beta2),
 }

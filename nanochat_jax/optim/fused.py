@@ -1,7 +1,7 @@
 """Directions whose moments can be updated in one pass over memory: their elementwise formulas.
 
-Muon, Lion and AdamW read a gradient and their moments, element by element, and only Muon does more
-with the result. Written as a `Rule`, `kernels.int8` can decode, update and encode in a single kernel.
+Muon, Lion and AdamW read a gradient and their moments, element by element, and only Muon, with what may stand
+behind it (NorMuon), does more with the result. Written as a `Rule`, `kernels.int8` can decode, update and encode in a single kernel.
 The formulas are those of `muon.scale_by_muon`, `optax.scale_by_lion` and `optax.scale_by_adam`, operation
 by operation; those transforms remain the specification, and define the state's layout.
 """
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from nanochat_jax.kernels import int8
+from nanochat_jax.params import path_name
 
 
 class Form(NamedTuple):
@@ -21,12 +22,14 @@ class Form(NamedTuple):
 
     fields: names of the moments in the state. rule: see `int8.Rule`. numbers: from the count of updates
     with this one (int32 []) to the rule's scalars. finish: (gradient, direction) -> update of a leaf.
+    behind: a transform that stands behind this one in an `optax.chain` of the two, whose state is not quantized.
     """
 
     fields: tuple[str, ...]
     rule: int8.Rule
     numbers: Callable[[jax.Array], tuple[jax.Array, ...]] = lambda count: ()
     finish: Callable[[jax.Array, jax.Array], jax.Array] = lambda grad, direction: direction
+    behind: optax.GradientTransformation | None = None
 
 
 def muon(momentum: float, finish: Callable[[jax.Array, jax.Array], jax.Array], nesterov: bool = True) -> Form:
@@ -70,7 +73,7 @@ def update(
     scales: Any,
     codes: tuple[str, ...],
     block: int,
-    key_of: Callable[[str, tuple], Any],
+    key_of: Callable[[str], Any],
     impl: str,
 ) -> tuple[Any, Any, Any]:
     """One update of a transform whose moments are stored by `quantized.quantize_state`.
@@ -80,11 +83,25 @@ def update(
         inner, scales: of `quantized.QuantizedState`.
         codes: of each of the form's fields, a name in `int8.CODES`.
         block: elements per scale.
-        key_of: (field, path of a leaf) -> key of its stochastic rounding, or None.
+        key_of: path of a moment in `inner` -> key of its stochastic rounding, or None.
         impl: see `int8.update`.
 
     Returns: (new updates, inner, scales), as the wrapped transform and `quantize` would make them.
     """
+    if form.behind is not None:
+        (inner, rest), (scales, none) = inner, scales
+        first, inner, scales = update(
+            form._replace(behind=None),
+            updates,
+            inner,
+            scales,
+            codes,
+            block,
+            lambda path: key_of(f"0/{path}"),
+            impl,
+        )
+        new, rest = form.behind.update(first, rest)
+        return new, (inner, rest), (scales, none)
     count = jnp.asarray(optax.safe_increment(inner.count))
     numbers = form.numbers(count)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
@@ -97,7 +114,7 @@ def update(
             direction, kept = form.rule(grad, moments, numbers)
             kept = tuple(zip(kept, own, strict=True))
         else:
-            keys = tuple(key_of(field, path) for field in form.fields)
+            keys = tuple(key_of(f"{field}/{path_name(path)}") for field in form.fields)
             stored = tuple(zip(moments, own, strict=True))
             direction, kept = int8.update(form.rule, grad, stored, codes, numbers, block, keys, impl)
         made.append((form.finish(grad, direction).astype(grad.dtype), kept))

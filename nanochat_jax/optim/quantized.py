@@ -89,8 +89,8 @@ def quantize_state(
         seed: of stochastic rounding.
         scale_dtype: float32, or bfloat16 (for a momentum with beta <= 0.95).
         min_size: smallest parameter whose moments are quantized.
-        form: the elementwise form of `inner`, whose state then is one NamedTuple with its fields; None if
-            it has none.
+        form: the elementwise form of `inner`, whose state then is one NamedTuple with its fields, or that and the
+            state of `form.behind`; None if it has none.
         impl: of the update by its form: "auto" (in one kernel on a GPU on which a probe found it right,
             else as without a form), "pallas" or "reference".
 
@@ -157,7 +157,7 @@ def quantize_state(
             keys = key_of(count)
             new_updates, tree, scales = fused.update(
                 form, updates, state.inner, state.scales, tuple(codes[field] for field in form.fields), block,
-                lambda field, path: keys(f"{field}/{params_lib.path_name(path)}"), impl,
+                keys, impl,
             )  # fmt: skip
             return new_updates, QuantizedState(count, tree, scales)
         new_updates, tree = inner.update(updates, decode(state, updates), params, **extra_args)
