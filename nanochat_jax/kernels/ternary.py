@@ -71,8 +71,9 @@ def _columns(codes: jax.Array, inputs: int, dtype) -> jax.Array:
     """The transpose of `unpack`: int8 [inputs, n]."""
     if dtype != jnp.int8 or dispatch.backend() != "cpu":
         return unpack(codes, inputs).T
-    # XLA's CPU backend (jax 0.10.2) runs an int8 product with a transposed right operand 5-12 times
-    # slower, so the bytes are transposed, not what they unpack to.
+    # XLA's CPU backend (jax 0.10.2) runs an int8 product with a transposed right operand 5-12 times slower.
+    # `integer_matmul(transposed=True)` would write out the transpose of what the bytes unpack to, four times as
+    # many, and needs arrays that lie on one device; here the bytes are transposed, wherever they lie.
     grouped = codes.T.reshape(-1, 1, PLANE, codes.shape[0])
     planes = [(grouped >> (2 * j)) & 3 for j in range(4)]
     return (jnp.concatenate(planes, 1).astype(jnp.int8) - 1).reshape(-1, codes.shape[0])[:inputs]
