@@ -144,7 +144,7 @@ def test_every_run_once_and_what_is_kept(tmp_path):
     assert {k: v for k, v in row.items() if k not in ("arguments", "peak_bytes")} == {
         "arm": "b", "seed": 1, "bpb": 1.41, "loss": 2.0, "steps": 20, "tokens": 160, "stop": 0,
         "tokens_per_s": 200.0, "state_bytes": None, "seconds": pytest.approx(0.4), "commit": "0123456789ab",
-        "jax": "1.2.3", "device": "cpu", "cpu": "a CPU", "time": "now",
+        "jax": "1.2.3", "device": "cpu", "cpu": "a CPU", "time": "now", "bpb_loops": [],
     }  # fmt: skip
     assert go(tmp_path) == [] and len(journal(tmp_path)) == 4
     assert not list((tmp_path / "runs").glob("*.claim"))

@@ -94,7 +94,10 @@ def test_killed_in_the_middle_and_started_again(tree, child_env):
     command = [sys.executable, "-c", CODE, str(tree), str(cache)]
     child = subprocess.Popen(command, env=child_env, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while sum(path.read_text().count("\n") for path in cache.glob("*.partial/*.records/ledger.jsonl")) < 3:
+    made = "*.partial/*.records"
+    while sum(path.read_text().count("\n") for path in cache.glob(f"{made}/ledger.jsonl")) < 3 or not list(
+        cache.glob(f"{made}/progress.json")
+    ):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     below = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()
