@@ -102,7 +102,38 @@ TECHNIQUES: dict[str, dict] = {
     for name, changes in ADDED.items()
 } | {f"written out: {name}": changes | {"model.unroll": 4} for name, changes in ADDED.items()}
 # Of techniques in other shapes and combinations, not looked at while the terms were written.
-CHECKS: dict[str, dict] = {}
+CHECKS: dict[str, dict] = {
+    "check: 3 streams, dim 192, 6 layers written out": {
+        "model.mhc.streams": 3, "model.dim": 192, "model.heads": 3, "model.kv_heads": 3, "model.layers": 6,
+        "model.mlp_dim": 512, "model.unroll": 6, "data.seq_len": 128,
+    },
+    "check: ternary, 2 streams, MTP 1": {
+        "model.quant": "ternary", "model.mhc.streams": 2, "model.mtp.depth": 1, "train.loss": FURTHER,
+        "model.remat": "block",
+    },
+    "check: filter 0.25, relu2, one kv head": {
+        "model.filter.keep": 0.25, "model.filter.score": "middle", "model.mlp": "relu2", "model.mlp_dim": 1024,
+        "model.kv_heads": 1,
+    },
+    "check: relu2, dim 128, written out, rows of 512": {
+        "model.mlp": "relu2", "model.dim": 128, "model.heads": 2, "model.kv_heads": 2, "model.unroll": 4,
+        "data.seq_len": 512,
+    },
+    "check: 2 loops, 2 streams, GaLore 8-bit, batch 16, block": {
+        "model.loop.count": 2, "model.mhc.streams": 2, **GALORE, "opt.matrix.state_bits": 8, "data.batch": 16,
+        "model.remat": "block",
+    },
+    "check: 4 chained, vocabulary 8192, batch 4, written out": {
+        "model.mtp.depth": 4, "train.loss": FURTHER, "model.vocab_size": 8192, "data.batch": 4, "model.unroll": 4,
+    },
+    "check: exit gate of 2 loops, one layer after, block": {
+        "model.loop.count": 2, "model.loop.after": 1, "model.loop.gate": "shared", "model.remat": "block",
+        "train.loss": EXIT,
+    },
+    "check: layers before and after 2 loops, block": {
+        "model.loop.count": 2, "model.loop.before": 1, "model.loop.after": 2, "model.remat": "block",
+    },
+}  # fmt: skip
 
 
 def variant(name: str) -> Config:

@@ -337,3 +337,19 @@ def test_compiled_figures():
     assert figures["expected"] and not figures["sometimes"]
     for kind, size in figures["traffic"].items():  # the loss, metrics and norms beside it: scalars
         assert size == pytest.approx(figures["expected"].get(kind, 0), abs=500)
+
+
+@pytest.mark.slow
+def test_xla_merges_what_written_out_layers_would_make_again():
+    """Rematerialization saves most of the activations in a scan, next to nothing where layers are written out."""
+
+    def temporary(unroll, remat):
+        cfg = config(dataclasses.replace(SMALL, vocab_size=128, unroll=unroll, remat=remat))
+        specs = transformer.param_specs(cfg.model)
+        params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), specs)
+        gradient = jax.jit(jax.grad(losses.make_loss(cfg.model, cfg.train.loss), has_aux=True))
+        compiled = gradient.lower(params, program.batch_shapes(cfg), jax.random.key(0)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    stored = temporary(4, "none")
+    assert temporary(4, "block") > 0.85 * stored and temporary(1, "block") < 0.6 * stored
