@@ -99,7 +99,7 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
     L, width, cpu = cfg.data.seq_len, layers.item_bytes(m, platform), platform == "cpu"
     tokens, written = rows * L, cpu and layers.is_written(m, m.layers)
     stream = tokens * m.dim * width
-    saved, work = trunk_bytes(cfg, platform, tokens, sizes)
+    saved, behind, work = trunk_bytes(cfg, platform, tokens, sizes)
     further = further_bytes(cfg, platform, tokens, sizes)
     # More than two loops run in a scan: two sets of the blocks' gradients, and stacks of what is read out.
     scans = m.loop.count > 2 and m.layers > (m.unroll or layer_period(m))
@@ -138,7 +138,7 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
     if written:
         phases["backward"] = max(carried + tables + saved, gradients + again) + work + beside
     else:
-        phases["backward"] = gradients + again + whole + saved + work + beside
+        phases["backward"] = gradients + again + whole + saved - behind + work + beside
     if m.mtp.depth and not cpu:
         phases["further"] = carried + tables + whole + saved + further + work + edges
     batch = (
@@ -163,8 +163,9 @@ def _part(sizes: Mapping[str, int], *names: str) -> int:
     return sum(size for path, size in sizes.items() if path.startswith(names))
 
 
-def trunk_bytes(cfg: Config, platform: str, tokens: int, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes that the layers of all stacks and loops save, and what one layer's backward needs beside.
+def trunk_bytes(cfg: Config, platform: str, tokens: int, sizes: Mapping[str, int]) -> tuple[int, int, int]:
+    """Bytes that the layers of all stacks and loops save, of which some are gone when the backward pass of the
+    looped ones begins, and what one layer's backward needs beside.
 
     Args: tokens: of a microbatch on one device. sizes: `weight_bytes`.
     """
@@ -179,15 +180,19 @@ def trunk_bytes(cfg: Config, platform: str, tokens: int, sizes: Mapping[str, int
         copied = layers.copied_bytes(m, platform, tensor)
     if mesh.fsdp > 1 and parallel.own_rows(mesh):
         copied = 0  # gathered again instead
-    saved = 0.0
+    saved = behind = 0.0
     times = {"before": 1, "blocks": m.loop.count, "after": loop.readouts(m)}
     for name, n in {"before": m.loop.before, "blocks": m.layers, "after": m.loop.after}.items():
+        before = saved
         if platform == "cpu" and layers.is_written(m, n):
             own = one if filtered else layers.written_bytes(m, L, width, m.remat)
             saved += times[name] * n * tokens * own + _part(sizes, f"{name}/")
         else:  # a scan over loops copies what one of them saves; copies of weights are the same in all
             scans = name == "blocks" and m.loop.count > 2 and n > (m.unroll or layer_period(m))
             saved += n * (tokens * one * (times[name] + scans) + copied * (1 if scans else times[name]))
+        # A scan over loops holds the layers after each loop as well, where each is read out.
+        if name == "after" and not (m.loop.count > 2 and times[name] > 1):
+            behind = saved - before
     if cpu and layers.is_written(m, m.layers):
         # Gradients of the stream and of what down reads; with a filter, all that kept rows lead to.
         share = collider.kept_count(m.filter, L) / L if filtered else 1.0
@@ -198,7 +203,7 @@ def trunk_bytes(cfg: Config, platform: str, tokens: int, sizes: Mapping[str, int
         work = tokens * layers.work_bytes(m, L, width, platform, tensor)
     # The layer's weights, cut out of the stacks and side by side; over fsdp whole, and their gradients.
     work += gathered(m, mesh, sizes) or _part(sizes, "blocks/") // m.layers * cpu
-    return round(saved), round(work)
+    return round(saved), round(behind), round(work)
 
 
 def decoded_bytes(opt: OptConfig, m: ModelConfig, sizes: Mapping[str, int]) -> int:
