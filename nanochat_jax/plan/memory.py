@@ -11,7 +11,7 @@ is alive besides them at the fullest moment, the largest of:
     optimizer   gradients + updates + LEAVES copies of the largest leaf
 
 Of one layer see `plan.layers`. Terms are buffers that XLA:CPU's own lists of what is alive at the fullest
-moment name (experiments/plan); none is fitted. Layers are taken to run in a scan, as on GPU, unless
+moment name (experiments/plan); LEAVES alone is fitted. Layers are taken to run in a scan, as on GPU, unless
 model.unroll writes them out. More than two loops run in a scan then, with one set of gradients beside the
 sum, and a copy of what one loop saves; loops written out have one each, because XLA adds them all at the
 end, in one fusion. The weights reach a layer as the scan hands them out, and are not saved; without
