@@ -124,6 +124,10 @@ def decode(engine: Engine, given: list[tuple[int, ...]], tokens: int) -> dict[st
     rates = []
     for own in answers[1:]:
         began, ended = max(times[1] for times in own), min(times[-1] for times in own)
+        if ended <= began:
+            raise RuntimeError(
+                f"one answer of {tokens} tokens ended before the last one began: ask for more --tokens"
+            )
         rates.append(sum(began < t <= ended for times in own for t in times[1:]) / (ended - began))
     accepted = [value for name, value in sorted(told.items()) if name.startswith("accepted_")]
     return {

@@ -38,11 +38,12 @@ def start(most: int) -> Pace:
     return Pace(lengths, ((),) * len(lengths), (0.0,) * most, (0.0,) * most)
 
 
-def wanted(pace: Pace) -> int:
-    """Drafts of the next step."""
-    if trying(pace):
+def wanted(pace: Pace, timed: bool = True) -> int:
+    """Drafts of the next step. timed: its time will be known; what will not is no step to try something with."""
+    if timed and trying(pace):
         return pace.lengths[pace.steps // TURN % len(pace.lengths)]
-    return max(pace.lengths, key=lambda length: (rate(pace, length), -length))
+    known = [length for length, seconds in zip(pace.lengths, pace.seconds, strict=True) if seconds]
+    return max(known, key=lambda length: (rate(pace, length), -length), default=0)
 
 
 def trying(pace: Pace) -> bool:

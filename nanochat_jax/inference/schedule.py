@@ -179,7 +179,9 @@ def run(
             before, read = len(table.unread), reading is not None
             if reading is not None:
                 slots, reading = _read_piece(engine, table, slots, reading)
-            slots = _step_active(engine, table, slots, 0 if seen is None else pace.wanted(seen), read)
+            slots = _step_active(
+                engine, table, slots, 0 if seen is None else pace.wanted(seen, not read), read
+            )
             worked = reading is not None or len(table.unread) > before
             while len(table.unread) > worked:
                 seen, last = _hand_out(table, observe, seen, last)

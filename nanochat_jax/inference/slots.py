@@ -74,6 +74,8 @@ def admit(slots: Slots, slot: jax.Array, key: Key, controls: Controls, seen_V, b
 
     Args: key: of threefry2x32. controls: scalars. seen: bool [V], ids of the prompt. bias: float32 [V].
     """
+    if (impl := jax.random.key_impl(key)) != "threefry2x32":
+        raise ValueError(f"keys of requests are of threefry2x32, got one of {impl}")
     zero = jnp.int32(0)
     new = Row(
         zero, zero, jax.random.key_data(key), controls, seen_V, jnp.zeros_like(slots.row.times[0]), bias_V

@@ -8,7 +8,8 @@ sum rounds that changes nothing: of MXFP4, whose terms are whole multiples of a 
 long as block scales differ by a few powers of two, and the bits are equal. NVFP4's scales have a mantissa of their
 own; its products agree to float32 rounding.
 
-Off GPUs plain XLA multiplies, which writes an unpacked copy of each matrix, in bfloat16; the kernel makes none.
+Off GPUs plain XLA multiplies, which writes an unpacked copy of each matrix, in bfloat16; the kernel makes none. A device
+with FP4 units (not verified on one) takes codes of one byte each, so that every step unpacks them.
 
 Packed leaves have no gradient and are made at load; checkpoints keep the latent weights.
 """
@@ -76,7 +77,7 @@ def matmul(x: jax.Array, w: PackedFp4, act: str) -> jax.Array:
     if act != w.weight:
         raise ValueError(f"packed {w.weight} weights multiply activations in {w.weight}, not '{act}'")
     rows = x.reshape(-1, x.shape[-1])
-    if scaled.native(act):
+    if w.impl == "auto" and scaled.native(act):  # on FP4 units, as the training forward
         columns = jnp.repeat(w.scales, fp4.FORMATS[act], 0)
         blocks = fp4.Blocks(fp4.unpack(w.codes), columns, w.tensor)
         y = fp4_products.in_units(fp4.quantize(rows, act, impl=w.impl), blocks)

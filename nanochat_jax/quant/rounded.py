@@ -2,7 +2,7 @@
 
 Codes and the products of levels with their blocks' scales have at most 6 significant bits, exact in bfloat16; the
 scale of a matrix or of its columns stays apart. The product is the training forward's, on the same numbers: the
-same bits. It takes the bytes of a matrix in the compute dtype, where `fp4_packed` takes a quarter of bfloat16's,
+same bits (but on a device with FP4 units, where training multiplies in these). It takes the bytes of a matrix in the compute dtype, where `fp4_packed` takes a quarter of bfloat16's,
 and spares rounding the latent weights in every step.
 
 Rounded leaves have no gradient and are made at load; checkpoints keep the latent weights.
@@ -56,5 +56,6 @@ def matmul(x: jax.Array, w: Rounded, act: str) -> jax.Array:
 
     Args: x: [..., m]. act: in `matmul.ACTIVATIONS`. Returns: [..., n] in x's dtype.
     """
-    y = products.product(*products.ACTIVATIONS[act](x, w.how), w.codes, w.scale, x.dtype)
+    x_codes, x_scale = products.ACTIVATIONS[act](x, w.how)
+    y = products.product(x_codes, x_scale, w.codes, w.scale, x.dtype)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
