@@ -37,8 +37,8 @@ CHAINS = {
 RATES = {False: (0.01, 0.02), True: (0.0025, 0.005)}  # of Muon's and of AdamW's chains
 GROWN = {
     "muon": (0.005,), "normuon": (0.005,), "muon 8-bit": (0.04,), "galore(muon)": (0.04,),
-    "galore(muon 8-bit)": (0.005,), "galore 64 (muon 8-bit)": (0.005,), "foam 1 (muon)": (0.04,),
-    "adamw": (0.00125, 0.000625), "adamw 8-bit": (0.00125, 0.000625), "galore(adamw)": (0.00125,),
+    "galore(muon 8-bit)": (0.005, 0.0025), "galore 64 (muon 8-bit)": (0.005,), "foam 1 (muon)": (0.04,),
+    "adamw": (0.00125, 0.000625), "adamw 8-bit": (0.00125, 0.000625), "galore(adamw)": (0.00125, 0.000625),
     "foam 1 (adamw)": (0.00125, 0.000625),
 }  # fmt: skip
 

@@ -74,8 +74,8 @@ def test_the_text_is_the_plain_one(kind, temperature):
         want, got, (seen,) = texts(kind, prompt, seed, max_tokens=48, temperature=temperature)
         assert got == want
         found += sum(seen.right)
-    # Else nothing was tested but rejections; the random layers of these two kinds never foresee a token.
-    assert found > 0 or kind in ("streams", "ternary")
+    # Else nothing was tested but rejections; the random layers of these kinds never foresee a token.
+    assert found > 0 or kind in ("streams", "ternary") or (kind, temperature) == ("chained", 0)
     assert temperature == 0 or len(set(want)) > 1
 
 
@@ -160,7 +160,7 @@ def test_the_exact_distribution_by_enumeration(kind, monkeypatch):
     ]
     table = jnp.asarray([[*g, 0, 0, 0, 0] for _, g in rows], jnp.float32)
 
-    def noise(row, ahead):
+    def noise(row, ahead, live_B):
         number = row.key[:, 1].astype(jnp.int32)
         g = table[number, jnp.minimum(row.draws + ahead, n + 3)]
         return jnp.zeros(row.seen.shape, jnp.float32).at[:, 0].set(g)
@@ -210,8 +210,8 @@ def test_drafts_are_those_of_training(kind):
     text, drafted = [*prompt, int(state.slots.row.token[0])], []
     real = speculative._by_layers
 
-    for drafts in (0, most, 0, 1, most, most, 0, 0, most):
-        _, guesses = real(cfg, params, state, [slots.noise(state.slots.row, k) * 0 for k in range(most)])
+    for drafts in (0, most, 0, 1, most, most, *[0] * (pace.TURN + 1), most, 1):
+        _, guesses = real(cfg, params, state, [jnp.zeros(state.slots.row.seen.shape)] * most)
         drafted = [int(g[0]) for g in guesses]
         tokens = jnp.asarray([text + drafted], jnp.int32)  # the chained form reads drafts
         batch = engine.batch_of(tokens[:, :-1], jnp.zeros((1,), jnp.int32)).replace(targets=tokens[:, 1:])
