@@ -263,25 +263,20 @@ def test_a_damaged_shard_is_named_before_a_step_is_made(start, world, whole, tmp
     assert result(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize(("split", "said"), [("train", "stopped at step "), ("val", "stopped at step 6,")])
-def test_a_token_file_that_is_cut_while_it_is_read_ends_the_run_with_its_steps_saved(
-    start, world, whole, tmp_path, split, said
-):
-    """No SIGBUS, which ends a process without a word; the next start names the file as well."""
-    cache, home = tmp_path / "cache", tmp_path / "run"
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_file_that_is_cut_while_it_is_read_is_named(start, world, whole, tmp_path, split):
+    cache = tmp_path / "cache"
     shutil.copytree(world.root / "cache", cache)
     (shard,) = cache.rglob(f"{split}.bin")
     near = changed(world.cfg, data={"workers": 1, "prefetch": 1})  # else all steps' batches are made at once
     got = start(near, cache=cache, at={3: functools.partial(os.truncate, shard, 0)})
-    cut = f"the data failed (DataError: {shard} was cut while it was read: it ends after 0 bytes)"
-    assert got.status == 1 and got.last.startswith(f"error: {said}") and cut in got.last
-    step = checkpoint.latest_step(home / "ckpt")
-    assert step is not None and 4 <= step < STEPS and f"stopped at step {step}, which is saved" in got.last
-    got = start(cache=cache)
-    assert got.status == 1 and got.last.startswith(f"error: {shard}: expected ")
+    step = checkpoint.latest_step(tmp_path / "run" / "ckpt") or 0
+    assert got.status == 1 and step in (range(4, STEPS) if split == "train" else [6])
+    assert got.last.startswith(f"error: stopped at step {step}, which is saved: the data failed (DataError: ")
+    assert f"{shard} was cut while it was read: it ends after 0 bytes" in got.last
+    assert start(cache=cache).last.startswith(f"error: {shard}: expected ")
     shutil.rmtree(shard.parent)
-    assert start(cache=cache).status == 0
-    assert result(home) == whole
+    assert start(cache=cache).status == 0 and result(tmp_path / "run") == whole
 
 
 def hurt(path: Path, damage: str) -> None:

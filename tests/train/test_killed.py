@@ -231,6 +231,7 @@ def mounted(tmp_path):
             ["unshare", *own, "sh", "-c", f"{command} && echo mounted && exec cat"], text=True,
             env=os.environ | {"place": str(place)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        assert keeper.stdout
         if keeper.stdout.readline() != "mounted\n":
             pytest.skip(f"this machine allows no mounts: {keeper.communicate()[1].strip()}")
         keepers.append(keeper)
