@@ -249,8 +249,7 @@ def test_a_worker_that_stalls_is_reported_with_its_stack(start, world, whole, ro
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_named_before_a_step_is_made(start, world, whole, tmp_path, damage):
-    cache = tmp_path / "cache"
-    shutil.copytree(world.root / "cache", cache)
+    cache = shutil.copytree(world.root / "cache", tmp_path / "cache")
     assert start(cache=cache, stop=6).status == 130
     (shard,) = cache.rglob("train.bin")
     hurt(shard, damage)
@@ -265,8 +264,7 @@ def test_a_damaged_shard_is_named_before_a_step_is_made(start, world, whole, tmp
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_token_file_that_is_cut_while_it_is_read_is_named(start, world, whole, tmp_path, split):
-    cache = tmp_path / "cache"
-    shutil.copytree(world.root / "cache", cache)
+    cache = shutil.copytree(world.root / "cache", tmp_path / "cache")
     (shard,) = cache.rglob(f"{split}.bin")
     near = changed(world.cfg, data={"workers": 1, "prefetch": 1})  # else all steps' batches are made at once
     got = start(near, cache=cache, at={3: functools.partial(os.truncate, shard, 0)})
