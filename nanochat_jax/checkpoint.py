@@ -38,6 +38,10 @@ T = TypeVar("T")
 Misc = dict[str, Any]  # JSON
 
 log = logging.getLogger(__name__)
+# Of Orbax's log nothing is shown: 20 lines per save, warnings when an item is read alone, and for a full disk a
+# dozen stacks of its threads. What fails there reaches us as an exception, and is told in a sentence.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
 FORMAT = 1
 FINGERPRINTS = {"params": "fingerprint", "opt": "fingerprint_opt", "step": "fingerprint_step"}  # keys of misc
 AGREE_STEPS = 10  # with several processes the clock is looked at after so many steps, which costs a message
@@ -77,7 +81,7 @@ class Checkpointer:
     ):
         self.cfg, self.directory = cfg, Path(directory).absolute()
         self._clock, self._disk_free = clock, disk_free
-        self._saved_at, self._saving = clock(), None
+        self._saved_at, self._saving, self._told = clock(), None, ""
         keep: list[Any] = [preservation_policy.LatestN(cfg.keep_last)]
         if cfg.keep_every_steps:
             keep.append(preservation_policy.EveryNSteps(cfg.keep_every_steps))
@@ -86,7 +90,6 @@ class Checkpointer:
             log.warning("removing the unfinished save %s", partial)
         processes.barrier()
         self._sweep()  # Orbax's own clean-up would run in the background, into the first save
-        _quiet_orbax()
         self._manager: Any = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -140,8 +143,8 @@ class Checkpointer:
         if processes.agreed(int(free < needed)):
             unit, name = (2**30, "GiB") if needed >= 2**30 else (2**20, "MiB")
             raise CheckpointError(
-                f"no checkpoint at step {step}: it needs {needed / unit:.2f} {name} free (of these "
-                f"ckpt.min_free_gb = {self.cfg.min_free_gb}), {self.directory} has {free / unit:.2f}; "
+                f"no checkpoint at step {step}: it needs {needed / unit:.2f} {name} free ("
+                f"ckpt.min_free_gb = {self.cfg.min_free_gb} included), {self.directory} has {free / unit:.2f}; "
                 f"free some space; {self._intact()}"
             )
         items = {"params": state.params, "opt": {"opt": state.opt_state}, "step": {"step": state.step}}
@@ -182,14 +185,17 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            if self._saving is not None:  # else Orbax repeats what has been told
+            if self._saving is not None:
                 raise self._failed(error) from error
+            if str(error) != self._told:  # Orbax repeats what has been told
+                self._told = str(error)
+                log.warning("Orbax, while nothing is saved in %s: %s", self.directory, _first_line(error))
         self._saving = None
         self._sweep()
 
     def _failed(self, error: Exception) -> Exception:
         """Give back the disk space of the failed save, and forget it."""
-        step, self._saving = self._saving, None
+        step, self._saving, self._told = self._saving, None, str(error)
         what = f"saving step {step} in {self.directory} failed: {_first_line(error)}"
         if processes.count() > 1:
             return SaveFailedError(what)
@@ -428,7 +434,6 @@ def _read(directory: Path, step: int, item: str, target: Any, misc: Misc) -> Any
     """One item in the structure of `target`. Raises: _MismatchError, or _DamagedError for whatever goes wrong
     in Orbax (if memory is short, no older checkpoint can be read either, and nothing is set aside)."""
     path, want, problem, got = directory / str(step) / item, flatten(target), None, {}
-    _quiet_orbax()
     me = jax.process_index()
     # Each process reads its shards alone: one that fails must not leave the others at a barrier of Orbax.
     alone = ocp.options.MultiprocessingOptions(me, {me}, str(me)) if processes.count() > 1 else None
@@ -478,12 +483,6 @@ def _file_sha256(path: Path) -> str:
 def _first_line(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= 300 else f"{line[:140]} … {line[-140:]}"  # system errors put the cause last
-
-
-def _quiet_orbax() -> None:
-    """Show nothing of Orbax's log: 20 lines per save, warnings when an item is read alone, and for a full disk
-    a dozen stacks of its threads. What fails there reaches us as an exception, and is told in a sentence."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _jsonable(value: Any) -> Any:

@@ -560,6 +560,37 @@ def test_a_failing_manifest_fails_the_save(tmp_path):
         assert checkpoints.steps() == [1]
 
 
+def test_an_error_of_orbax_is_told_once(tmp_path, full_disk, caplog, monkeypatch):
+    with Checkpointer(CFG, tmp_path) as checkpoints:
+        full_disk()
+        checkpoints.save(2, large_state(2), {})
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.wait()
+        full_disk(False)
+        again = [caught.value.__cause__]
+
+        def repeat():
+            assert again[-1] is not None
+            raise again[-1]
+
+        monkeypatch.setattr(checkpoints._manager, "check_for_errors", repeat)
+        checkpoints.wait()
+        assert "Orbax" not in caplog.text
+        again.append(RuntimeError("something else"))
+        checkpoints.wait()
+        checkpoints.wait()
+        assert caplog.text.count("something else") == 1
+
+
+def test_of_absls_log_orbax_alone_is_dropped(caplog):
+    import orbax.checkpoint as ocp
+    from absl import logging as absl
+
+    absl.error("of somebody else")
+    exec(compile("absl.error('of Orbax')", ocp.__file__, "exec"), {"absl": absl})
+    assert "of somebody else" in caplog.text and "of Orbax" not in caplog.text
+
+
 # --- fingerprints ----------------------------------------------------------------------------------
 
 

@@ -45,8 +45,7 @@ def window(ids: Ids, offsets: np.ndarray, index: int, seq_len: int, isolate: boo
     if not 0 <= index < rows(len(ids), seq_len):
         raise IndexError(f"row {index} of {rows(len(ids), seq_len)}")
     start = index * seq_len
-    tokens = ids[start : start + seq_len].astype(np.int32)
-    targets = ids[start + 1 : start + seq_len + 1].astype(np.int32)
+    own = ids[start : start + seq_len + 1]
     positions = np.arange(seq_len, dtype=np.int32)
     segments = np.ones(seq_len, np.int32)
     weights = np.ones(seq_len, np.float32)
@@ -57,7 +56,7 @@ def window(ids: Ids, offsets: np.ndarray, index: int, seq_len: int, isolate: boo
             segments[begin:] += 1
             positions[begin:] = np.arange(seq_len - begin)
     return {
-        "tokens": tokens, "targets": targets, "weights": weights,
+        "tokens": own[:-1].astype(np.int32), "targets": own[1:].astype(np.int32), "weights": weights,
         "segments": segments, "positions": positions,
     }  # fmt: skip
 

@@ -174,8 +174,9 @@ def _workplace(cache_dir: Path, about: dict[str, Any], report: Report) -> Iterat
             yield work
         except (RemoteError, WorkerError):
             raise  # the same command goes on from there
-        except Exception:
-            shutil.rmtree(work, ignore_errors=True)  # the reason must be mended, and then all may differ
+        except Exception as error:
+            if not isinstance(error, OSError) or error.errno not in texts.UNWRITABLE:  # from there, too
+                shutil.rmtree(work, ignore_errors=True)  # the reason must be mended, and then all may differ
             raise
 
 
@@ -284,7 +285,7 @@ def _from_text(cfg: DataConfig, vocab_size: int, cache_dir: Path, work: Path, re
     splits = {
         name: {
             "file": f"{name}.bin", "skip": 0, "tokens": counts[name], "documents": int(part.sum()),
-            "bytes": int(text.sizes[part].sum()) if cfg.kind == "text" else _said(out / f"{name}.bin", dtype, tokenizer),
+            "bytes": int(text.sizes[part].sum()) if cfg.kind == "text" else _said(out / f"{name}.bin", dtype, counts[name], tokenizer),
         }
         for name, part in (("train", ~text.held_out), ("val", text.held_out))
     }  # fmt: skip
@@ -297,9 +298,10 @@ def _from_text(cfg: DataConfig, vocab_size: int, cache_dir: Path, work: Path, re
     return out
 
 
-def _said(path: Path, dtype: str, tokenizer: tokenizers.Tokenizer) -> int:
+def _said(path: Path, dtype: str, count: int, tokenizer: tokenizers.Tokenizer) -> int:
     """Bytes of text in a file of conversations, whose stored form is longer."""
-    return int(tokenizer.token_bytes()[np.memmap(path, dtype, "r")].sum(dtype=np.int64))
+    sizes, ids = tokenizer.token_bytes(), Stored(path, dtype, count)
+    return sum(int(sizes[ids[i : i + ENDS]].sum(dtype=np.int64)) for i in range(0, count, ENDS))
 
 
 def _tokenizer(

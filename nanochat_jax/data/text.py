@@ -5,6 +5,7 @@ the corpus need not fit into memory. The way is recorded every few megabytes: an
 gathering goes on where it was.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ from nanochat_jax.data.sources import DataError
 
 RECORD_BYTES = 4_000_000  # text gathered between two records
 RECORD_CHECKS = 200  # or files compiled
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what the system says of a disk that takes no more
+UNWRITABLE = FULL | {errno.EROFS}  # and of one that takes nothing
 
 Report = Callable[[str], None]
 
@@ -51,8 +54,12 @@ class Text:
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value, indent=1))
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def opened(work: Path, kind: str = "text") -> Text:

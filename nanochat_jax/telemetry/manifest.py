@@ -113,7 +113,7 @@ def _replace(target: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         partial.replace(target)
     except OSError:
-        partial.unlink(missing_ok=True)  # what little it holds, somebody may need
+        partial.unlink(missing_ok=True)  # the disk may be full: its space is given back
         raise
 
 

@@ -136,8 +136,9 @@ class TensorBoard:
         for name, value in metrics.items():
             if math.isfinite(value):
                 summary.value.add(tag=self._tag(name), simple_value=value)
-        self._event(step, summary=summary)
-        self.flush()
+        if summary.value:
+            self._event(step, summary=summary)
+            self.flush()
 
     def text(self, step: int, tag: str, value: str) -> None:
         """Add a text, shown verbatim. Raises: ValueError after close."""

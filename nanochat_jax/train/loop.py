@@ -22,7 +22,8 @@ class StopTraining(Exception):
 
 
 class DataFailedError(RuntimeError):
-    """No further batch could be made. The message says why, and at which step the state is saved."""
+    """No further batch could be made, or the data of an evaluation could not be read. The message says why, and
+    at which step the state is saved."""
 
 
 def until_failure(batches: Iterator[T], failures: list[Exception]) -> Iterator[T]:

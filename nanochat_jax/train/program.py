@@ -202,8 +202,9 @@ def train(
     """Run to the end of the config. Returns the exit status: 0, 1 (stopped), 130 (interrupted).
 
     With several processes all call this; process 0 alone writes, except to checkpoints, and prints.
-    Raises: ConfigError if another run holds the workdir; processes.PeerError if another process is lost, or
-    has another config, other data or another workdir; loop.DataFailedError if no further batch can be made,
+    Raises: ConfigError if another run holds the workdir; workdir.UnwritableError if its disk, or that of the
+    prepared data, is full; processes.PeerError if another process is lost, or has another config, other data or
+    another workdir; loop.DataFailedError if no further batch can be made or the held-out data cannot be read,
     after saving the steps so far; checkpoint.CheckpointError if the last step cannot be saved.
     """
 
@@ -215,7 +216,7 @@ def train(
         if processes.first():
             try:
                 stack.enter_context(workdir.held(home))
-            except ConfigError as error:
+            except (ConfigError, workdir.UnwritableError) as error:
                 problem = error
         processes.together(problem, processes.PeerError("process 0 cannot use the workdir"))
         return _train(cfg, home, cache, facts, resume, interrupted)

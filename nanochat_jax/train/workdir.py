@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat_jax.config import ConfigError
+from nanochat_jax.data.text import FULL, UNWRITABLE
 
 
 class UnwritableError(OSError):
@@ -15,18 +16,22 @@ class UnwritableError(OSError):
 
 @contextlib.contextmanager
 def written(place: Path) -> Iterator[None]:
-    """Say where an error of the system happened that names no file: a write to a full disk fails without one.
+    """Say which directory is on a disk that is full or read-only: a write that fails names no file.
 
-    Raises: UnwritableError, one sentence, if what is inside raises such an error.
+    Raises: UnwritableError, one sentence, if what is inside fails for such a disk; other errors pass.
     """
     try:
         yield
     except OSError as error:
-        if error.strerror is None or error.filename is not None:
+        if error.errno not in UNWRITABLE:
             raise
-        raise UnwritableError(
-            f"{place} cannot be written ({error.strerror}); the same command goes on once it can"
-        ) from error
+        raise _unwritable(place, error) from error
+
+
+def _unwritable(place: Path, error: OSError) -> UnwritableError:
+    return UnwritableError(
+        f"{place} cannot be written ({error.strerror}); the same command goes on once it can"
+    )
 
 
 @contextlib.contextmanager
@@ -42,6 +47,8 @@ def held(home: Path) -> Iterator[None]:
         home.mkdir(parents=True, exist_ok=True)
         file = open(home / ".lock", "a+")  # noqa: SIM115 (closed below)
     except OSError as error:
+        if error.errno in FULL:
+            raise _unwritable(home, error) from error
         raise ConfigError(
             f"the workdir {home} cannot be written ({error.strerror}); choose another --workdir"
         ) from None

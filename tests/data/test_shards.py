@@ -1,5 +1,6 @@
 """Prepared corpora: nothing lost, fast when known, continued when interrupted, damage named."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -296,14 +297,37 @@ def test_an_interruption_while_reading_reads_again(tree, monkeypatch):
 
 def test_a_failure_leaves_nothing_behind(tree, monkeypatch):
     def failing(*args, **kwargs):
-        raise OSError("No space left on device")
+        raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
         patch.setattr(encode, "encode", failing)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="Input/output"):
             prepare(tree)
     assert no_partial(tree.parent / "cache")
     assert prepare(tree).train.count
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_full_disk_leaves_what_was_gathered(tree, monkeypatch, reason):
+    def failing(*args, **kwargs):
+        raise OSError(reason, os.strerror(reason))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "encode", failing)
+        with pytest.raises(OSError, match=os.strerror(reason)):
+            prepare(tree)
+    told = []
+    made = prepare(tree, told.append)
+    assert not any(line.startswith("reading") for line in told)  # not gathered again
+    assert len(stored(made, made.train)) + len(stored(made, made.val)) == COUNT
+    assert no_partial(tree.parent / "cache")
+
+
+def test_a_json_file_that_cannot_be_written_leaves_no_part_of_itself(tmp_path):
+    (tmp_path / "x.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        shards.write_json(tmp_path / "x.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 @pytest.mark.multiprocess
@@ -461,7 +485,7 @@ def test_impossible_tokenizers(tree, tmp_path):
         prepare(tree, tokenizer=str(tmp_path / "bad.json"))
 
 
-def test_tokens_are_picklable_without_their_maps(tree):
+def test_tokens_are_picklable_also_after_a_read(tree):
     made = prepare(tree)
     ids, before = made.train.ids[:], repr(made.train)
     raw = pickle.dumps(made.train)

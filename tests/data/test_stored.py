@@ -1,7 +1,10 @@
 """Numbers of a file: slices against NumPy's, and what happens when the file changes under them."""
 
+import copy
+import errno
 import gc
 import os
+import pickle
 
 import hypothesis
 import numpy as np
@@ -30,6 +33,8 @@ def test_slices_are_those_of_the_array(tmp_path_factory, data):
 def test_a_step_is_refused(tmp_path):
     with pytest.raises(ValueError, match="with a step of 2"):
         Stored(tmp_path / "x", "<u2", 4)[::2]
+    with pytest.raises(TypeError, match="read in slices, got 0"):
+        Stored(tmp_path / "x", "<u2", 4)[0]  # type: ignore[index]
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
@@ -66,3 +71,45 @@ def test_a_file_that_is_replaced_stays_the_same_and_is_closed_at_last(tmp_path):
     gc.collect()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, lambda kept: pickle.loads(pickle.dumps(kept))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_a_file_of_its_own(tmp_path, again):
+    """Also after a read: the number of the descriptor soon means another file."""
+    numbers = np.arange(9, dtype="<u2")
+    numbers.tofile(tmp_path / "x")
+    np.zeros(9, "<u2").tofile(tmp_path / "other")
+    kept = Stored(tmp_path / "x", "<u2", 9)
+    kept[:1]
+    number, made = kept._file, again(kept)
+    del kept
+    gc.collect()
+    other = os.open(tmp_path / "other", os.O_RDONLY)
+    try:
+        assert other == number  # reused
+        assert made[:].tolist() == numbers.tolist()
+    finally:
+        os.close(other)
+
+
+def test_a_disk_that_fails_is_an_error_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "x"
+    np.arange(9, dtype="<u2").tofile(path)
+    monkeypatch.setattr(stored.os, "pread", failing)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
+        Stored(path, "<u2", 9)[:]
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
+
+
+def test_no_read_asks_for_more_than_the_system_gives(tmp_path, monkeypatch):
+    path, asked = tmp_path / "x", []
+    np.arange(9, dtype="<u2").tofile(path)
+    real = os.pread
+    monkeypatch.setattr(stored.os, "pread", lambda file, size, at: asked.append(size) or real(file, size, at))
+    monkeypatch.setattr(stored, "AT_ONCE", 8)
+    assert Stored(path, "<u2", 9)[:].tolist() == list(range(9)) and asked == [8, 8, 2]

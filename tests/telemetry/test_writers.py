@@ -70,6 +70,9 @@ def events(directory):
 def test_tensorboard_files_hold_the_values(tmp_path):
     sink = writers.TensorBoard(tmp_path / "tb")
     sink.write(7, {"loss/total": 2.5, "bad": math.nan})
+    size = sum(path.stat().st_size for path in (tmp_path / "tb").iterdir())
+    sink.write(8, {"bad": math.nan})  # nothing to say
+    assert size == sum(path.stat().st_size for path in (tmp_path / "tb").iterdir())
     assert list(events(tmp_path / "tb")) == [(7, "loss/total", 2.5)]  # at once, not at the end
     sink.text(7, "eval/sample", "a\nb")
     sink.close()

@@ -4,6 +4,7 @@
 `KILLED_REPORT=<file>` writes what they cost.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -244,10 +245,18 @@ def mounted(tmp_path):
 
 
 def fill(disk: Path) -> None:
-    """Take all the space that is left."""
+    """Take all the space that is left, and the inodes if their number is limited."""
     with open(disk / "ballast", "ab", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         while True:
             file.write(bytes(4096))
+    with contextlib.suppress(OSError):
+        for i in range(4000):
+            (disk / f"ballast.{i}").touch()
+
+
+def empty(disk: Path) -> None:
+    for path in disk.glob("ballast*"):
+        path.unlink()
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_save(runs, tmp_path, mounted):
@@ -259,18 +268,23 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(runs, tmp_path, mounted):
     def saving() -> bool:
         return printed(log) > EVERY and checkpoint.latest_step(ckpt) is not None and any(ckpt.glob("*-tmp*"))
 
-    while True:
-        assert child.poll() is None, log.read_text()
-        if saving():
-            child.send_signal(signal.SIGSTOP)
-            if saving():  # not yet committed
-                break
-            child.send_signal(signal.SIGCONT)
-        time.sleep(0.001)
-    fill(disk.outside)
-    kept = checkpoint._steps(ckpt)
-    child.send_signal(signal.SIGCONT)
-    assert child.wait(WAIT) == 1, log.read_text()
+    end = time.monotonic() + WAIT
+    try:
+        while True:
+            assert child.poll() is None and time.monotonic() < end, log.read_text()
+            if saving():
+                child.send_signal(signal.SIGSTOP)
+                if saving():  # not yet committed
+                    break
+                child.send_signal(signal.SIGCONT)
+            time.sleep(0.001)
+        fill(disk.outside)
+        kept = checkpoint._steps(ckpt)
+        child.send_signal(signal.SIGCONT)
+        assert child.wait(WAIT) == 1, log.read_text()
+    finally:
+        child.kill()  # it may be halted
+        child.wait()
     told = log.read_text().splitlines()
     intact = f"the checkpoint of step {kept[-1]} is intact"
     # Space that the failed one gives back may suffice to try the next.
@@ -287,22 +301,25 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(runs, tmp_path, mounted):
     assert {int(path.stem) for path in ckpt.glob("manifests/*")} == set(kept)
     assert not (home / "result.json").exists()
     json.loads((home / "config.json").read_text())
-    (disk.outside / "ballast").unlink()
+    empty(disk.outside)
     child, log = runs.start(disk.inside / "run", within=disk.enter)
     assert child.wait(WAIT) == 0, log.read_text()
     assert f"continuing at step {kept[-1]}\n" in log.read_text()
     same_end(runs.root / "alone", home)
 
 
+@pytest.mark.parametrize("new", [False, True], ids=["known", "new"])
 @pytest.mark.parametrize("where", ["workdir", "cache"])
-def test_a_disk_that_is_full_before_the_run_begins(runs, tmp_path, mounted, where):
-    disk = mounted('mount -t tmpfs -o size=64m tmpfs "$place"', tmp_path / "disk")
+def test_a_disk_that_is_full_before_the_run_begins(runs, tmp_path, mounted, where, new):
+    """new: no directory is there yet, and none can be made."""
+    inodes = ",nr_inodes=3000" if new else ""
+    disk = mounted(f'mount -t tmpfs -o size=64m{inodes} tmpfs "$place"', tmp_path / "disk")
     home, place = (disk.inside / "run", disk.inside / "run")
     if where == "cache":
         home, place = tmp_path / "run", disk.inside / "home" / "tokens"
         runs = copy.copy(runs)
         runs.env = runs.env | {"NANOCHAT_JAX_HOME": str(disk.inside / "home")}
-    for folder in ("run", "run/ckpt", "home", "home/tokens", "home/tokens/requests"):  # those have room
+    for folder in () if new else ("run", "run/ckpt", "home", "home/tokens", "home/tokens/requests"):
         (disk.outside / folder).mkdir()
     fill(disk.outside)
     child, log = runs.start(home, within=disk.enter)
@@ -313,10 +330,11 @@ def test_a_disk_that_is_full_before_the_run_begins(runs, tmp_path, mounted, wher
         == f"error: {place} cannot be written (No space left on device); the same command goes on once it can"
     )
     left = [
-        path for path in disk.outside.rglob("*") if path.is_file() and path.name not in (".lock", "ballast")
+        path for path in disk.outside.rglob("*") if path.is_file() and not path.name.startswith("ballast")
     ]
-    assert not [path for path in left if not path.name.endswith(".lock")], left
-    (disk.outside / "ballast").unlink()
+    # The lock is no part of a run, and the same command goes on with what was gathered.
+    assert not [p for p in left if not p.name.endswith(".lock") and ".partial" not in str(p.parent)], left
+    empty(disk.outside)
     child, log = runs.start(home, within=disk.enter)
     assert child.wait(WAIT) == 0, log.read_text()
     same_end(runs.root / "alone", tmp_path / "run" if where == "cache" else disk.outside / "run")

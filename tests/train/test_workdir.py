@@ -1,5 +1,6 @@
 """A workdir belongs to one run at a time, whatever became of the run before."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -42,6 +43,40 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be written .*choose another --workdir"):
         workdir.held(tmp_path / "file" / "run").__enter__()
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+@pytest.mark.parametrize("name", [(), ("a/b",)], ids=["without", "with a name"])
+def test_a_disk_that_takes_nothing_is_told_by_its_directory(tmp_path, reason, name):
+    """A write names no file, mkdir and open do: one sentence for both."""
+    with pytest.raises(workdir.UnwritableError) as caught, workdir.written(tmp_path):
+        raise OSError(reason, os.strerror(reason), *name)
+    assert str(caught.value) == (
+        f"{tmp_path} cannot be written ({os.strerror(reason)}); the same command goes on once it can"
+    )
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "?"), OSError(errno.ECONNRESET, "?"), OSError("?")])
+def test_other_errors_are_no_failed_writes(tmp_path, error):
+    with pytest.raises(OSError) as caught, workdir.written(tmp_path):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("step", ["mkdir", "open", "write"])
+def test_a_workdir_on_a_full_disk(tmp_path, monkeypatch, step):
+    """Once it has space, the same command goes on: no reason to choose another workdir."""
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", *(("x",) if step != "write" else ()))
+
+    place = {"mkdir": workdir.Path, "open": workdir, "write": workdir.os}[step]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, step, full, raising=step != "open")
+        with pytest.raises(workdir.UnwritableError, match=r"run cannot be written \(No space left"):
+            workdir.held(tmp_path / "run").__enter__()
+    with workdir.held(tmp_path / "run"):
+        pass
 
 
 def test_the_command_refuses_a_workdir_in_use(tmp_path):
