@@ -163,7 +163,7 @@ def _token_file(cfg: DataConfig) -> sources.TokenFile | None:
 def _workplace(cache_dir: Path, about: dict[str, Any], report: Report) -> Iterator[Path]:
     """The directory in which a text is gathered and encoded, for one process at a time.
 
-    What a killed process left in it is used.
+    What a killed process left in it, or one on a full disk, is used.
     """
     name = digest(about)[:20]
     (cache_dir / "requests").mkdir(parents=True, exist_ok=True)
