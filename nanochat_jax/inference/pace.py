@@ -2,8 +2,8 @@
 
 With c(d) the seconds of a step with d drafts and a_k the share of k-th drafts that were right where all
 before them were, a step yields 1 + sum_{k <= d} a_1 .. a_k tokens; taken is the d with the most tokens per
-second, and none at all (d = 0, plain decoding) if that is the best. Times decide about time only: a text
-does not depend on them, see inference/speculative.py.
+second, and none at all (d = 0, plain decoding) if that is less than GAIN times what plain steps yield. Times
+decide about time only: a text does not depend on them, see inference/speculative.py.
 
 A step costs what lies between its tokens and those of the step before: with one step under way while the
 other is read, that is less than a step that is waited for. So lengths are tried in turns of a few steps,
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 TURN = 4  # steps of one length after another while lengths are tried
 RUNS = 6  # measured steps of each length; their median counts, so that a compilation among them does not
+GAIN = 1.1  # drafts must promise so many times the tokens of plain steps: less is within the spread of their times
 RENEW = 4096  # steps after which they are measured anew
 FORGET = 1 / 64  # weight of the newest step in the shares
 
@@ -43,7 +44,7 @@ def wanted(pace: Pace, timed: bool = True) -> int:
     if timed and trying(pace):
         return pace.lengths[pace.steps // TURN % len(pace.lengths)]
     known = [length for length, seconds in zip(pace.lengths, pace.seconds, strict=True) if seconds]
-    return max(known, key=lambda length: (rate(pace, length), -length), default=0)
+    return max(known, key=lambda length: (rate(pace, length) * (1 if length else GAIN), -length), default=0)
 
 
 def trying(pace: Pace) -> bool:
