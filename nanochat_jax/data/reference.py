@@ -7,7 +7,6 @@ corpus and rows they belong to. `evals.reference.token_losses` makes them.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from nanochat_jax.config import DataConfig
 from nanochat_jax.data.shards import Corpus
 from nanochat_jax.data.sources import DataError
 from nanochat_jax.data.stored import Stored
+from nanochat_jax.data.text import replacing
 
 
 def write(path: Path, losses: np.ndarray, cfg: DataConfig, corpus: Corpus) -> None:
@@ -28,9 +28,8 @@ def write(path: Path, losses: np.ndarray, cfg: DataConfig, corpus: Corpus) -> No
         raise DataError(
             f"{path}: expected {corpus.train.count} finite losses, one per training token, got {stored.shape}"
         )
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    stored.tofile(partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        stored.tofile(partial)
     path.with_name(path.name + ".json").write_text(
         json.dumps(_meant(cfg, corpus) | {"sha256": _sha256(path)})
     )

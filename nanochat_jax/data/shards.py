@@ -326,13 +326,8 @@ def _tokenizer(
 
 def save_whole(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
     """Write a tokenizer whole or not at all."""
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
-    try:
+    with texts.replacing(path) as partial:
         tokenizer.save(partial)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _from_tokens(cfg: DataConfig, file: sources.TokenFile, work: Path, report: Report) -> Path:

@@ -5,12 +5,13 @@ the corpus need not fit into memory. The way is recorded every few megabytes: an
 gathering goes on where it was.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,22 @@ class Text:
         return np.diff(self.offsets)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write whole or not at all: a file beside `path`, which takes its name in the end, or goes if the disk fails."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(json.dumps(value, indent=1))
+        yield partial
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1))
 
 
 def opened(work: Path, kind: str = "text") -> Text:

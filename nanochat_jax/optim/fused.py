@@ -1,8 +1,8 @@
 """Directions whose moments can be updated in one pass over memory: their elementwise formulas.
 
 Muon, Lion and AdamW read a gradient and their moments, element by element, and only Muon, with what may stand
-behind it (NorMuon), does more with the result. Written as a `Rule`, `kernels.int8` can decode, update and encode in a single kernel.
-The formulas are those of `muon.scale_by_muon`, `optax.scale_by_lion` and `optax.scale_by_adam`, operation
+behind it (NorMuon), does more with the result. Written as a `Rule`, `kernels.int8` can decode, update and encode
+in a single kernel. The formulas are those of `muon.scale_by_muon`, `optax.scale_by_lion` and `optax.scale_by_adam`, operation
 by operation; those transforms remain the specification, and define the state's layout.
 """
 

@@ -41,14 +41,11 @@ from nanochat_jax.config import (
 )
 from nanochat_jax.model import collider, loop, transformer
 from nanochat_jax.plan import layers
-from nanochat_jax.plan.layers import item_bytes as item_bytes
-from nanochat_jax.plan.layers import layer_bytes as layer_bytes
 from nanochat_jax.types import TrainState
 
 LOGITS = 3  # float32 copies of a chunk's logits: product, softmax, gradient
 LEAVES = 3  # float32 copies of the largest leaf while it is updated
 EDGES = 4  # [B, L, D] at the loss: the last stream, that over its RMS, hidden states, their gradient
-STREAMS = layers.STREAMS
 BATCH_FIELDS = 5  # int32 or float32 [B, L] of a Batch; one more with data.reference
 
 
@@ -102,7 +99,7 @@ def predict(cfg: Config, platform: str = "gpu") -> Memory:
     saved, behind, work = trunk_bytes(cfg, platform, tokens, sizes)
     further = further_bytes(cfg, platform, tokens, sizes)
     # More than two loops run in a scan: two sets of the blocks' gradients, and stacks of what is read out.
-    scans = m.loop.count > 2 and m.layers > (m.unroll or layer_period(m))
+    scans = _loops_scan(m)
     most = 2 if scans else m.loop.count
     again = (most - 1) * _part(sizes, "blocks/")
     again += (min(loop.readouts(m), most) - 1) * _part(sizes, "after/")
@@ -163,6 +160,11 @@ def _part(sizes: Mapping[str, int], *names: str) -> int:
     return sum(size for path, size in sizes.items() if path.startswith(names))
 
 
+def _loops_scan(m: ModelConfig) -> bool:
+    """Whether the loops run in a scan."""
+    return m.loop.count > 2 and m.layers > (m.unroll or layer_period(m))
+
+
 def trunk_bytes(cfg: Config, platform: str, tokens: int, sizes: Mapping[str, int]) -> tuple[int, int, int]:
     """Bytes that the layers of all stacks and loops save, of which some are gone when the backward pass of the
     looped ones begins, and what one layer's backward needs beside.
@@ -188,7 +190,7 @@ def trunk_bytes(cfg: Config, platform: str, tokens: int, sizes: Mapping[str, int
             own = one if filtered else layers.written_bytes(m, L, width, m.remat)
             saved += times[name] * n * tokens * own + _part(sizes, f"{name}/")
         else:  # a scan over loops copies what one of them saves; copies of weights are the same in all
-            scans = name == "blocks" and m.loop.count > 2 and n > (m.unroll or layer_period(m))
+            scans = name == "blocks" and _loops_scan(m)
             saved += n * (tokens * one * (times[name] + scans) + copied * (1 if scans else times[name]))
         # A scan over loops holds the layers after each loop as well, where each is read out.
         if name == "after" and not (m.loop.count > 2 and times[name] > 1):
@@ -246,8 +248,7 @@ def chunk_tokens(cfg: Config, rows: int) -> int:
 
 def gathered(m: ModelConfig, mesh: MeshConfig, sizes: Mapping[str, int]) -> int:
     """Bytes of one layer's weights that fsdp gathers, and of their gradient before it is scattered."""
-    blocks = sum(b for p, b in sizes.items() if p.startswith("blocks/"))
-    return 2 * blocks // m.layers * mesh.fsdp if mesh.fsdp > 1 else 0
+    return 2 * _part(sizes, "blocks/") // m.layers * mesh.fsdp if mesh.fsdp > 1 else 0
 
 
 def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:

@@ -16,7 +16,7 @@ from nanochat_jax import optim
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import Config
 from nanochat_jax.model import flops, loop, transformer
-from nanochat_jax.plan import memory
+from nanochat_jax.plan import layers, memory
 from nanochat_jax.plan import traffic as collective_bytes
 from nanochat_jax.plan.devices import Device
 
@@ -46,8 +46,8 @@ def predict(cfg: Config, device: Device) -> Speed:
     tokens = cfg.data.batch * cfg.data.seq_len
     peak = devices * device.flops
     products = tokens * products_per_token(cfg) + optimizer_flops(cfg)
-    saved = memory.layer_bytes(cfg.model, cfg.data.seq_len, 2, "gpu", "none", cfg.mesh.tensor)
-    streams = memory.STREAMS * cfg.model.mhc.streams * cfg.model.dim * 2 * (cfg.model.mhc.streams > 1)
+    saved = layers.layer_bytes(cfg.model, cfg.data.seq_len, 2, "gpu", "none", cfg.mesh.tensor)
+    streams = layers.STREAMS * cfg.model.mhc.streams * cfg.model.dim * 2 * (cfg.model.mhc.streams > 1)
     applied = passes(cfg) * loop.trained_layers(cfg.model) + PASSES * cfg.model.mtp.depth
     traffic = applied * tokens * (saved + streams) / (cfg.mesh.data * cfg.mesh.fsdp)
     bytes_ = memory.predict(cfg)

@@ -22,6 +22,7 @@ from nanochat_jax.model import loop, transformer
 from nanochat_jax.optim import galore
 from nanochat_jax.plan import memory
 from nanochat_jax.plan.collectives import sent
+from nanochat_jax.plan.layers import item_bytes
 
 Bytes = dict[str, float]  # kind of collective -> bytes that one device sends in a step
 REMADE = {"none": 0, "dots": 1, "block": 1}  # forward passes more whose activations are exchanged again
@@ -81,7 +82,7 @@ def activations(cfg: Config, platform: str) -> Bytes:
     tokens = cfg.data.batch * cfg.data.seq_len / (cfg.mesh.data * cfg.mesh.fsdp)
     passes = 2 + REMADE[m.remat]  # forward, backward, and forward made again
     layers = loop.trained_layers(m) + m.mtp.depth
-    size = memory.item_bytes(m, platform) * m.dim * tokens
+    size = item_bytes(m, platform) * m.dim * tokens
     return {"all-reduce": 2 * passes * layers * sent("all-reduce", size, t)}
 
 

@@ -2,8 +2,9 @@
 
 Codes and the products of levels with their blocks' scales have at most 6 significant bits, exact in bfloat16; the
 scale of a matrix or of its columns stays apart. The product is the training forward's, on the same numbers: the
-same bits (but on a device with FP4 units, where training multiplies in these). It takes the bytes of a matrix in the compute dtype, where `fp4_packed` takes a quarter of bfloat16's,
-and spares rounding the latent weights in every step.
+same bits (but on a device with FP4 units, where training multiplies in these). It takes the bytes of a matrix in
+the compute dtype, where `fp4_packed` takes a quarter of bfloat16's, and spares rounding the latent weights in
+every step.
 
 Rounded leaves have no gradient and are made at load; checkpoints keep the latent weights.
 """

@@ -67,7 +67,6 @@ def held(home: Path) -> Iterator[None]:
             return
         with written(home):
             file.truncate(0)
-            os.write(
-                file.fileno(), f"{os.getpid()}\n".encode()
-            )  # no buffer, which would fail again when closed
+            # Past the buffer, which would fail again when it is closed.
+            os.write(file.fileno(), f"{os.getpid()}\n".encode())
         yield
