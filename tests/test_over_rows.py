@@ -144,8 +144,9 @@ def scans(jaxpr):
     """Every scan of a program: (backward?, its text, what it hands out)."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
-            outputs = equation.outvars[equation.params["num_carry"] :]
-            shapes = [v.aval.shape for v in outputs]
+            within = [v.aval.shape for v in equation.params["jaxpr"].jaxpr.outvars]
+            outputs = [v.aval.shape for v in equation.outvars]
+            shapes = [o for o, i in zip(outputs, within, strict=True) if o != i]  # without the carry
             yield equation.params["reverse"], str(equation.params["jaxpr"]), shapes
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else [value]:

@@ -5,6 +5,7 @@ no code is run. Packed ternary matrices come back as float weights with the same
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,53 +27,66 @@ def load(source: Path) -> tuple[ModelConfig, Params]:
     Rows of the vocabulary's padding are zero: no token has them.
     Raises: ExportError naming the setting or tensor that is missing, unknown, or of another shape.
     """
+    cfg, leaves = stream(source)
+    tree: Params = {}
+    for path, value in leaves:
+        node = tree
+        *groups, last = path.split("/")
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = np.array(value, order="C")  # a copy: the files may go
+    return cfg, tree
+
+
+def stream(source: Path) -> tuple[ModelConfig, Iterator[tuple[str, np.ndarray]]]:
+    """`load`, leaf by leaf: a whole model need not be in memory. Raises: as `load`, some of it on the way."""
     found = hf.read_settings(source)
     tensors, architecture = _tensors(source), found.get("model_type", "")
     cfg = model_config(found)
+    form = found.get("quantization_config", {}).get("linear_class", "")
+    return cfg, _leaves(source.name, cfg, architecture, form, tensors)
+
+
+def _leaves(
+    source: str, cfg: ModelConfig, architecture: str, form: str, tensors: Tensors
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every leaf of our tree and its path. Args: form: how ternary matrices are kept, "" = as floats."""
     used: set[str] = set()
     specs = transformer.param_specs(cfg)
-    shapes = {path: spec.shape for path, spec in params_lib.flatten(specs).items()}
+    flat = params_lib.flatten(specs)
     if architecture == OWN:
-        shapes = {p: names.own_shape(cfg, p, s) for p, s in shapes.items()}
-        entries = names.own_entries(shapes)
+        entries = names.own_entries({p: names.own_shape(cfg, p, spec.shape) for p, spec in flat.items()})
     else:
         entries = names.entries(cfg, architecture)
-    ternary_paths = variants.ternary_paths(cfg, specs) if cfg.quant.startswith("ternary") else set()
-    form = found.get("quantization_config", {}).get("linear_class", "")
-    leaves: dict[str, Any] = {}
+    of_path: dict[str, list[names.Entry]] = {}
     for entry in entries:
+        of_path.setdefault(entry.path, []).append(entry)
+    ternary_paths = variants.ternary_paths(cfg, specs) if cfg.quant.startswith("ternary") else set()
+
+    def read(entry: names.Entry) -> np.ndarray:
         value = _get(tensors, entry.name, used)
         if entry.path in ternary_paths:
             if cfg.quant_group:
                 raise ExportError(
-                    f"{source.name} has ternary scales of groups (model.quant_group = {cfg.quant_group}); "
+                    f"{source} has ternary scales of groups (model.quant_group = {cfg.quant_group}); "
                     "float weights with the same codes are found for one scale per matrix only"
                 )
             if form == "bitlinear":
                 value = _unpacked(value, _get(tensors, f"{entry.name}_scale", used), entry.name)
             if form != "autobitlinear":
                 value = variants.latent(value)
-        if architecture != OWN:
-            value = names.put(cfg, architecture, entry, value)
-        if entry.layer is None:
-            leaves[entry.path] = value
-        else:
-            leaves.setdefault(entry.path, []).append(value)
-    if extra := tensors.keys() - used:
-        raise ExportError(f"{source.name} has tensors that {architecture} does not know: {sorted(extra)[:5]}")
-    tree: Params = {}
-    for path, spec in params_lib.flatten(specs).items():
-        value = leaves.pop(path)  # what is stacked is needed no more
-        value = np.stack(value) if isinstance(value, list) else value
+        return value if architecture == OWN else names.put(cfg, architecture, entry, value)
+
+    for path, spec in flat.items():
+        parts = [read(entry) for entry in of_path[path]]
+        value = parts[0] if of_path[path][0].layer is None else np.stack(parts)
+        del parts  # what is stacked is needed no more
         value = _padded(cfg, path, value)
         if value.shape != spec.shape:
             raise ExportError(f"{path} has shape {value.shape}, expected {spec.shape}")
-        node = tree
-        *groups, last = path.split("/")
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = np.ascontiguousarray(value)
-    return cfg, tree
+        yield path, value
+    if extra := tensors.keys() - used:
+        raise ExportError(f"{source} has tensors that {architecture} does not know: {sorted(extra)[:5]}")
 
 
 def model_config(found: dict[str, Any]) -> ModelConfig:
@@ -162,7 +176,7 @@ def _get(tensors: Tensors, name: str, used: set[str]) -> np.ndarray:
         raise ExportError(f"the folder has no tensor {name}")
     used.add(name)
     value = tensors[name]
-    return value if value.dtype == np.uint8 else value.astype(np.float32)
+    return value if value.dtype == np.uint8 else value.astype(np.float32, copy=False)
 
 
 def _unpacked(packed: np.ndarray, inverse: np.ndarray, name: str) -> np.ndarray:

@@ -35,6 +35,8 @@ REWRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "normalized": ("llama", {"embed_norm": True, "tied": True}),
     "sub_norms": ("bitnet", {"norm": "weightless", "sub_norm": True}),
 }
+# Wide enough that a millionth of the embeddings moves every row of logits by more than float32's rounding.
+WIDE: dict[str, Any] = {"quant": "ternary", "dim": 512, "head_dim": 128, "mlp_dim": 1024}
 OWN: dict[str, dict[str, Any]] = {
     "modern": BLOCKS["modern"],
     "windows": {**BLOCKS["modern"], "window": (4, 0), "value_embed_every": 1, "tied": True},

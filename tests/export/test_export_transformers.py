@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from export_models import CASES, OWN, REWRITTEN, build
+from export_models import CASES, OWN, REWRITTEN, WIDE, build
 
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import InferConfig
@@ -42,6 +42,17 @@ def test_ternary_logits(tmp_path, form):
     cfg, params = build({**CASES["qwen3"][1], "quant": "ternary"})
     write(tmp_path, cfg, params, form)
     assert "differ by at most" in check.transformers(tmp_path, cfg, params, form, "float32", 16)
+
+
+def test_a_wide_ternary_model_is_as_close_as_its_own_rounding_allows(tmp_path):
+    """Sums in another order round activations to other levels in every row of a wide model."""
+    pytest.importorskip("accelerate", reason="extra 'export-check'")
+    cfg, params = build({**CASES["qwen3"][1], **WIDE})
+    write(tmp_path, cfg, params, "packed")
+    assert "half of the rows" in check.transformers(tmp_path, cfg, params, "packed", "float32", 16)
+    params["blocks"]["mlp"]["up"][1] *= 1.05
+    with pytest.raises(check.CheckError, match="for half of them"):
+        check.transformers(tmp_path, cfg, params, "packed", "float32", 16)
 
 
 def test_the_check_notices_a_wrong_rotation(tmp_path):

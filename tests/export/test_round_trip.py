@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 
 import hypothesis
 import numpy as np
@@ -56,6 +57,19 @@ def test_the_check_notices_one_changed_bit(tmp_path):
     path.write_bytes(data)
     with pytest.raises(check.CheckError, match="head read back"):
         check.tensors(tmp_path, cfg, params, "full", "float32")
+
+
+def test_the_check_holds_one_leaf_at_a_time(tmp_path):
+    cfg, params = build({**CASES["llama"][1], "layers": 4, "dim": 128, "head_dim": 32, "mlp_dim": 128})
+    _, form = write(tmp_path, cfg, params)
+    size = sum(value.nbytes for value in params_lib.flatten(params).values())
+    check.tensors(tmp_path, cfg, params, form, "float32")  # imports are paid for
+    tracemalloc.start()
+    try:
+        check.tensors(tmp_path, cfg, params, form, "float32")
+        assert tracemalloc.get_traced_memory()[1] < 0.8 * size
+    finally:
+        tracemalloc.stop()
 
 
 @hypothesis.settings(max_examples=12, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])

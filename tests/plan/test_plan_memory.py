@@ -89,6 +89,12 @@ def test_bytes_on_each_device_are_those_of_the_real_layout(opt, mesh):
     assert predicted.optimizer == on_one((parts.target.opt_state, parts.target.step))
 
 
+def stacked_outputs(scan):
+    """What a scan hands out beside its carry, which has the same shape within and without."""
+    within = scan.params["jaxpr"].jaxpr.outvars
+    return [o.aval for o, i in zip(scan.outvars, within, strict=True) if o.aval.shape != i.aval.shape]
+
+
 def scans_over_layers(cfg, lengths):
     """What the forward scans of these lengths hand to the backward pass, bytes each, from the jaxpr."""
     params = jax.tree.map(
@@ -100,8 +106,8 @@ def scans_over_layers(cfg, lengths):
         e for e in traced.jaxpr.eqns
         if e.primitive.name == "scan" and e.params["length"] in lengths and not e.params["reverse"]
     ]  # fmt: skip
-    outputs = [e.outvars[e.params["num_carry"] :] for e in loops]
-    return [sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in each) for each in outputs]
+    outputs = [stacked_outputs(e) for e in loops]
+    return [sum(math.prod(a.shape) * a.dtype.itemsize for a in each) for each in outputs]
 
 
 def saved_by_the_layers(cfg):
