@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -29,7 +28,7 @@ import optax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from nanochat_jax import processes
+from nanochat_jax import files, processes
 from nanochat_jax.config import CkptConfig
 from nanochat_jax.params import flatten, path_name
 from nanochat_jax.types import Params, TrainState
@@ -227,19 +226,15 @@ class Checkpointer:
         """Record the files of the save under way; Orbax calls this, in process 0, just before the commit."""
         final = self.directory / str(self._saving)
         partial = next(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"), final)
-        files = {}
+        found = {}
         for path in sorted(partial.rglob("*")):
             # Orbax adds the time of the commit to files at the top level; restore does not read them.
             if path.is_file() and path.parent != partial:
                 name = str(path.relative_to(partial))
-                files[name] = {"size": path.stat().st_size, "sha256": _file_sha256(path)}
+                found[name] = {"size": path.stat().st_size, "sha256": _file_sha256(path)}
         target = self.directory / "manifests" / f"{self._saving}.json"
         target.parent.mkdir(exist_ok=True)
-        with open(target.with_suffix(".partial"), "w") as out:
-            json.dump(files, out, indent=1)
-            out.flush()
-            os.fsync(out.fileno())
-        target.with_suffix(".partial").replace(target)
+        files.write_json(target, found, sync=True)
 
     def restore(
         self,

@@ -16,7 +16,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ROOT = REPOSITORY / "nanochat_jax"
 
-BASE = {"types", "blocks", "validation", "config", "params", "tokenizer", "processes", "chat"}
+BASE = {"types", "files", "blocks", "validation", "config", "params", "tokenizer", "processes", "chat"}
 TOWER = ("kernels", "quant", "model", "losses")
 BESIDE = {"optim", "parallel", "data", "checkpoint", "telemetry"}
 OPTIM_KERNELS = {"int8", "symmetric"}
@@ -24,6 +24,7 @@ NO_TOKENIZER = BASE - {"tokenizer", "chat"}
 # Room -> rooms it may import, beside itself. `__main__` files and cli may import anything.
 RULES: dict[str, set[str]] = {
     "types": set(),
+    "files": set(),
     "blocks": set(),
     "validation": {"config"},
     "config": {"blocks", "validation"},
@@ -41,7 +42,7 @@ RULES: dict[str, set[str]] = {
     "parallel": BASE,
     "data": BASE,
     "checkpoint": BASE,
-    "telemetry": {"config"},
+    "telemetry": {"config", "files"},
     "train": BASE | set(TOWER) | BESIDE,
     "inference": NO_TOKENIZER | set(TOWER[:3]),
     "evals": BASE | set(TOWER) | {"inference", "data"},
@@ -60,7 +61,7 @@ COMPOSERS = {
     "inference/terminal.py": {"chat", "tokenizer"},
     "export/adopt.py": {"checkpoint"},
 }
-NO_JAX = {"data", "telemetry", "blocks", "config", "validation", "tokenizer", "chat"}
+NO_JAX = {"data", "telemetry", "files", "blocks", "config", "validation", "tokenizer", "chat"}
 # Files that print although they are no command line: progress lines, and the report of --verify_resume.
 PRINTERS = {"telemetry/console.py", "train/verify.py"}
 MAX_LINES, MAX_MAIN_LINES = 500, 60

@@ -553,9 +553,9 @@ def test_a_failure_in_the_background_surfaces(tmp_path, full_disk, notice):
 def test_a_failing_manifest_fails_the_save(tmp_path):
     with Checkpointer(CFG, tmp_path) as checkpoints:
         checkpoints.save(1, small_state(1), {}, wait=True)
-        (tmp_path / "manifests" / "2.partial").mkdir()
+        (tmp_path / "manifests" / f"2.json.{os.getpid()}.tmp").mkdir()
         checkpoints.save(2, small_state(2), {})
-        with pytest.raises(CheckpointError, match=r"saving step 2 in .* failed: .*2\.partial"):
+        with pytest.raises(CheckpointError, match=r"saving step 2 in .* failed: .*2\.json"):
             checkpoints.wait()
         assert checkpoints.steps() == [1]
 

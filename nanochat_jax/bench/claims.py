@@ -14,6 +14,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from nanochat_jax import files
+
 
 def started(pid: int) -> str | None:
     """When a process started, in the system's own unit; "" if unknown, None if it no longer runs."""
@@ -54,9 +56,7 @@ def take(path: Path) -> bool:
 def share(path: Path, pid: int) -> None:
     """Add a child to this process's claim: should the parent die, the claim holds while the child runs."""
     with locked(path.parent):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps([*_holders(path), [pid, started(pid)]]))
-        partial.replace(path)
+        files.write_json(path, [*_holders(path), [pid, started(pid)]])
 
 
 def release(path: Path) -> None:

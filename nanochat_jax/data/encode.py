@@ -16,7 +16,8 @@ import numpy as np
 
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.data import turns, workers
-from nanochat_jax.data.text import Text, write_json
+from nanochat_jax.data.text import Text
+from nanochat_jax.files import write_json
 
 BLOCK_BYTES = 4_000_000  # text encoded between two records of progress
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat_jax import files
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.shards import Corpus
 from nanochat_jax.data.sources import DataError
 from nanochat_jax.data.stored import Stored
-from nanochat_jax.data.text import replacing
 
 
 def write(path: Path, losses: np.ndarray, cfg: DataConfig, corpus: Corpus) -> None:
@@ -28,11 +28,9 @@ def write(path: Path, losses: np.ndarray, cfg: DataConfig, corpus: Corpus) -> No
         raise DataError(
             f"{path}: expected {corpus.train.count} finite losses, one per training token, got {stored.shape}"
         )
-    with replacing(path) as partial:
+    with files.replacing(path) as partial:
         stored.tofile(partial)
-    path.with_name(path.name + ".json").write_text(
-        json.dumps(_meant(cfg, corpus) | {"sha256": _sha256(path)})
-    )
+    files.write_json(path.with_name(path.name + ".json"), _meant(cfg, corpus) | {"sha256": _sha256(path)})
 
 
 def load(cfg: DataConfig, corpus: Corpus) -> Stored:

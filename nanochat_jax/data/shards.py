@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax import chat
+from nanochat_jax import chat, files
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import ConfigError, DataConfig
 from nanochat_jax.data import compiles, encode, sources
 from nanochat_jax.data import text as texts
 from nanochat_jax.data.sources import DataError, RemoteError
 from nanochat_jax.data.stored import Stored
-from nanochat_jax.data.text import write_json
 from nanochat_jax.data.workers import WorkerError
+from nanochat_jax.files import write_json
 
 try:
     import fcntl
@@ -326,7 +326,7 @@ def _tokenizer(
 
 def save_whole(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
     """Write a tokenizer whole or not at all."""
-    with texts.replacing(path) as partial:
+    with files.replacing(path) as partial:
         tokenizer.save(partial)
 
 

@@ -5,19 +5,18 @@ the corpus need not fit into memory. The way is recorded every few megabytes: an
 gathering goes on where it was.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nanochat_jax import files
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data import sources, turns
 from nanochat_jax.data.sources import DataError
@@ -50,24 +49,6 @@ class Text:
     def sizes(self) -> np.ndarray:
         """Bytes of each document."""
         return np.diff(self.offsets)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write whole or not at all: a file beside `path`, which takes its name in the end, or goes if the disk fails."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1))
 
 
 def opened(work: Path, kind: str = "text") -> Text:
@@ -131,7 +112,7 @@ def _gather(cfg: DataConfig, work: Path, report: Report) -> None:
     np.array(offsets, "<i8").tofile(work / "text.offsets")
     np.array(held_out, bool).tofile(work / "text.val")
     facts = {"sha256": hashlib.sha256(b"".join(own)).hexdigest(), "skipped": dict(tally.skipped)}
-    write_json(work / "text.json", facts | ({"checks": dict(tally.checks)} if tally.checks else {}))
+    files.write_json(work / "text.json", facts | ({"checks": dict(tally.checks)} if tally.checks else {}))
 
 
 def _record(work: Path, size: int, documents: int, place: sources.Place, tally: sources.Tally) -> None:
@@ -140,7 +121,7 @@ def _record(work: Path, size: int, documents: int, place: sources.Place, tally: 
         "bytes": size, "documents": documents, "place": place, "skipped": tally.skipped,
         "checks": tally.checks, "rejected": [digest.hex() for digest in tally.rejected],
     }  # fmt: skip
-    write_json(work / "reading.json", value)
+    files.write_json(work / "reading.json", value)
 
 
 def _earlier(work: Path) -> tuple[list[int], list[bytes], sources.Place, sources.Tally]:

@@ -9,7 +9,6 @@ import collections
 import contextlib
 import hashlib
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanochat_jax import files
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.data import turns
 
@@ -192,9 +192,8 @@ def serve(tokenizer: str, work: str, folder: str, dtype: str, kind: str) -> None
             made = packed([encode(text) for text in texts], loaded.bos_id, dtype)
             content = made.lengths.astype("<i8").tobytes() + made.tokens.tobytes()
             path = _path(Path(folder), index)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            partial.write_bytes(content)
-            os.replace(partial, path)
+            with files.replacing(path) as partial:
+                partial.write_bytes(content)
             answer = {
                 "block": index, "documents": len(made.lengths), "sha256": hashlib.sha256(content).hexdigest()
             }  # fmt: skip

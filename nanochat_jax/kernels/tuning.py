@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax import files
+
 TABLE = Path(__file__).with_name("tuned.json")
 BUCKETS = (1, 4, 16, 64, 256)  # greatest number of rows of each bucket but the last
 PROGRAMS = 264  # programs that keep the largest card of today (132 multiprocessors) busy
@@ -100,5 +102,5 @@ def candidates(dtype: Any, rows: int) -> list[Blocks]:
 def write(entries: dict[str, dict[str, Any]], path: Path = TABLE) -> None:
     """Add entries to the table on disk, replacing those of the same key."""
     merged = {**table.__wrapped__(path), **entries}
-    path.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    files.write_json(path, dict(sorted(merged.items())))
     table.cache_clear()

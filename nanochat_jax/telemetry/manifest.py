@@ -4,12 +4,12 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax import files
 from nanochat_jax.config import Config, to_dict
 
 PACKAGES = (
@@ -91,30 +91,14 @@ def write(workdir: Path, cfg: Config, facts: dict[str, Any]) -> None:
         **facts,
         "starts": [*starts, start],
     }
-    _replace(path, record)
-    _replace(workdir / "config.json", config)
+    files.write_json(path, record, sync=True)
+    files.write_json(workdir / "config.json", config, sync=True)
 
 
 def write_result(workdir: Path, facts: dict[str, Any]) -> None:
     """Write result.json: where the run ended, its scores, and the SHA-256 of its state."""
-    _replace(
-        workdir / "result.json",
-        {name: value for name, value in facts.items() if name not in ("config", "anomaly")},
-    )
-
-
-def _replace(target: Path, content: dict[str, Any]) -> None:
-    """Write the file so that a crash leaves either the old one or the new one, whole."""
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except OSError:
-        partial.unlink(missing_ok=True)  # the disk may be full: its space is given back
-        raise
+    kept = {name: value for name, value in facts.items() if name not in ("config", "anomaly")}
+    files.write_json(workdir / "result.json", kept, sync=True)
 
 
 def _version(package: str) -> str | None:

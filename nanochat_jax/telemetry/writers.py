@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from nanochat_jax import files
 from nanochat_jax.config import LogConfig
 from nanochat_jax.telemetry.logs import Ids, finite, no_ids
 from nanochat_jax.telemetry.prometheus import Prometheus
@@ -75,9 +76,8 @@ def truncate_after(path: Path, step: int) -> None:
     """
     old = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     kept = [line for line in old.split("\n")[:-1] if _step_of(line) <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    with files.replacing(path) as partial:
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def append_line(path: Path, step: int, fields: dict[str, Any]) -> None:

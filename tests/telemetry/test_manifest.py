@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from nanochat_jax import files
 from nanochat_jax.config import Config, all_keys, defaults, resolve, to_dict
 from nanochat_jax.telemetry import manifest
 
@@ -58,7 +59,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(manifest.os, "fsync", crash)
+    monkeypatch.setattr(files.os, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
         manifest.write(tmp_path, Config(seed=3), {})
     assert (tmp_path / "manifest.json").read_text() == before
