@@ -397,8 +397,26 @@ def disk(request, monkeypatch):
     fill(False)
 
 
-def test_a_disk_that_is_full_for_a_while_costs_its_saves_only(start, whole, disk, tmp_path):
-    got = start(at={3: disk, 11: functools.partial(disk, False)})
+def until(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_its_saves_only(start, whole, disk, tmp_path, monkeypatch):
+    savers, save = [], checkpoint.Checkpointer.save
+
+    def noted(self, *args, **options):
+        savers.append(self)
+        return save(self, *args, **options)
+
+    def space():  # once the save of step 8, which goes on beside the steps, has failed
+        until(lambda: not savers[-1]._manager.is_saving_in_progress())
+        disk(False)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", noted)
+    got = start(at={3: disk, 11: space})
     assert got.status == 0
     for step in (4, 8):
         what = f"no checkpoint at step {step}" if disk.figure else f"saving step {step} in"
@@ -412,10 +430,7 @@ def test_a_disk_that_stays_full_ends_the_run_at_the_last_checkpoint(start, whole
     ckpt = tmp_path / "run" / "ckpt"
 
     def fill():  # once the first save is whole
-        end = time.monotonic() + 60
-        while checkpoint.latest_step(ckpt) != 4:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        until(lambda: checkpoint.latest_step(ckpt) == 4)
         disk()
 
     got = start(at={5: fill})
