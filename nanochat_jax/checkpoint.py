@@ -217,6 +217,7 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
             time.sleep(0.05)
         shutil.rmtree(self.directory / "deleted", ignore_errors=True)  # what retention put there
+        files.sweep(self.directory / "manifests")
         kept = self.steps()
         for old in self.directory.glob("manifests/*.json"):
             if int(old.stem) not in kept:

@@ -27,6 +27,12 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
         raise
 
 
+def sweep(directory: Path) -> None:
+    """Remove what killed processes left of files. No other process may be writing there."""
+    for left in directory.glob("*.[0-9]*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any, sync: bool = False) -> None:
     """Write an object as `replacing` does."""
     with replacing(path, sync) as partial:

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+import errno
 import gc
 import json
 import logging
@@ -550,10 +551,13 @@ def test_a_failure_in_the_background_surfaces(tmp_path, full_disk, notice):
     assert state_sha256(restored) == state_sha256(large_state(checkpoints.latest()))
 
 
-def test_a_failing_manifest_fails_the_save(tmp_path):
+def test_a_failing_manifest_fails_the_save(tmp_path, monkeypatch):
+    def broken(path, *_, **__):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
     with Checkpointer(CFG, tmp_path) as checkpoints:
         checkpoints.save(1, small_state(1), {}, wait=True)
-        (tmp_path / "manifests" / f"2.json.{os.getpid()}.tmp").mkdir()
+        monkeypatch.setattr(checkpoint.files, "write_json", broken)
         checkpoints.save(2, small_state(2), {})
         with pytest.raises(CheckpointError, match=r"saving step 2 in .* failed: .*2\.json"):
             checkpoints.wait()

@@ -25,6 +25,14 @@ def test_the_old_one_stays(tmp_path, error):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    for name in ("manifest.json.4711.tmp", "a.tmp", "b.json"):
+        (tmp_path / name).touch()
+    files.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tmp", "b.json"}
+    files.sweep(tmp_path / "missing")
+
+
 def test_it_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(files.os, "fsync", lambda number: order.append("sync"))

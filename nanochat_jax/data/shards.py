@@ -369,8 +369,7 @@ def _finish(
     outside: dict | None = None,
 ) -> None:
     """Write the manifest: from now on the directory is a corpus."""
-    for leftover in out.glob("*.tmp"):  # of a killed process
-        leftover.unlink()
+    files.sweep(out)
     names = sorted(p.name for p in out.iterdir() if p.name != "manifest.json")
     inside = {name: _describe(out / name) for name in names}
     counts = {

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from nanochat_jax import files
 from nanochat_jax.config import ConfigError
 from nanochat_jax.data.text import FULL, UNWRITABLE
 
@@ -69,4 +70,5 @@ def held(home: Path) -> Iterator[None]:
             file.truncate(0)
             # Past the buffer, which would fail again when it is closed.
             os.write(file.fileno(), f"{os.getpid()}\n".encode())
+            files.sweep(home)
         yield

@@ -88,3 +88,9 @@ def test_the_command_refuses_a_workdir_in_use(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"config error: {tmp_path} is in use by another run (process {os.getpid()})")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path):
+    (tmp_path / "result.json.4711.tmp").write_text("{")
+    with workdir.held(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
