@@ -162,7 +162,7 @@ def over_rows(mesh: Mesh, specs: Mapping[str, Any], dtype: str = "float32") -> C
         manual = ("data",) if mesh.shape["fsdp"] == 1 else ()
     rows = tuple(axis for axis in ("data", "fsdp") if axis in manual and mesh.shape[axis] > 1)
     if not rows:
-        return lambda f: f
+        return within(mesh)
     split = {
         path: _split_axis(spec, mesh) if "fsdp" in rows else None for path, spec in flatten(specs).items()
     }
@@ -201,6 +201,23 @@ def over_rows(mesh: Mesh, specs: Mapping[str, Any], dtype: str = "float32") -> C
                 local, mesh=mesh, in_specs=(layouts, PartitionSpec(rows), PartitionSpec(), PartitionSpec(rows)),
                 out_specs=(PartitionSpec(), layouts), axis_names=set(manual), check_vma=False,
             )(params, batch, key, jax.numpy.arange(parts))  # fmt: skip
+
+        return run
+
+    return wrap
+
+
+def within(mesh: Mesh) -> Callable[[Callable], Callable]:
+    """Let a function to be traced know that single matrices are split (mesh.tensor), see `dispatch.divided`; the
+    identity where none are."""
+    if own_rows(MeshConfig(**mesh.shape)):
+        return lambda f: f
+
+    def wrap(f: Callable) -> Callable:
+        @functools.wraps(f)
+        def run(*args: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return f(*args)
 
         return run
 

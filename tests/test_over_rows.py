@@ -193,10 +193,15 @@ def test_one_device_is_as_without():
     assert traffic.predict(config({})) == {}
 
 
-def test_tensor_alone_is_left_to_the_compiler():
-    mesh, specs = parallel.mesh(MeshConfig(tensor=2)), transformer.param_specs(MODEL)
-    f = object()
-    assert parallel.over_rows(mesh, specs)(f) is f  # type: ignore[arg-type]
+@pytest.mark.parametrize("mesh", [{"tensor": 2}, {"data": 2, "tensor": 2}])
+def test_tensor_sends_sums_of_activations_only(mesh):
+    """Weights side by side would be exchanged: 2.7 times the bytes for machine B."""
+    cfg = config(mesh)
+    step, *_ = compiled(cfg)
+    found, _ = collectives.exchanged(step.as_text(), parallel.mesh(cfg.mesh).size)
+    assert set(found) == {"all-reduce"}
+    expected = sum(traffic.gradients(cfg).values()) + sum(traffic.activations(cfg, "cpu").values())
+    assert expected <= found["all-reduce"] <= 1.8 * expected
 
 
 def test_more_of_everything_is_more_traffic():

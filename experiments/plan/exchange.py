@@ -59,7 +59,8 @@ def compile_gradients(cfg: Config) -> dict:
     every, sometimes = collectives.exchanged(compiled.as_text(), parts.mesh.size)
     return {
         "arguments": analysis.argument_size_in_bytes, "temporary": analysis.temp_size_in_bytes,
-        "traffic": every, "sometimes": sometimes, "expected": traffic.gradients(cfg),
+        "traffic": every, "sometimes": sometimes,
+        "expected": traffic.gradients(cfg) | traffic.activations(cfg, "cpu"),
     }  # fmt: skip
 
 

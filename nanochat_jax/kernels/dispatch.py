@@ -86,6 +86,16 @@ def whole() -> bool:
     return jax.device_count() == 1 or _mesh_kinds() == {jax.sharding.AxisType.Manual}
 
 
+def divided() -> bool:
+    """Whether the compiler may divide single matrices of the program being traced over devices.
+
+    True in the context of a mesh that has an axis left to the compiler, with several devices (`parallel.within`).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind == jax.sharding.AxisType.Auto and size > 1 for kind, size in axes)
+
+
 def need_gpu(interpret: bool = False) -> None:
     """Raises: NotImplementedError off GPUs, unless the kernel's own code is interpreted."""
     if not interpret and backend() != "gpu":

@@ -137,13 +137,14 @@ class Project:
     def several(self, roles: tuple[str, ...], x: jax.Array, ws: tuple[Weight, ...]) -> tuple[jax.Array, ...]:
         """Multiply the same activations x [..., m] with several weights [m, n_i].
 
-        Roles of equal precision run as one wide product where that pays: on CPU. Elsewhere the
-        products are separate, so that weights split over devices are not joined across them.
+        Roles of equal precision run as one wide product where that pays: on CPU. Elsewhere, and where weights
+        may be divided over devices, the products are separate: side by side such weights would be exchanged.
         """
         precisions = [self.precision(role) for role in roles]
         first = precisions[0]
         served = any(type(w) in SERVED for w in ws)
-        joined = dispatch.backend() == "cpu" and not served and all(p == first for p in precisions)
+        joined = dispatch.backend() == "cpu" and not (served or dispatch.divided())
+        joined = joined and all(p == first for p in precisions)
         if joined and first.grad in ("full", "int8"):  # FP4 blocks and scales of dy must not mix the roles
             for role, w in zip(roles, ws, strict=True):
                 self._check(role, first, w)

@@ -96,7 +96,7 @@ class Parts:
             step, donate_argnums=0, in_shardings=(self.layout, rows), out_shardings=(self.layout, everywhere)
         )
         self.eval_step = jax.jit(
-            steps.make_eval_step(losses.make_eval_nll(cfg)),
+            parallel.within(self.mesh)(steps.make_eval_step(losses.make_eval_nll(cfg))),
             in_shardings=(self.layout.params, rows, None),
             out_shardings=everywhere,
         )
