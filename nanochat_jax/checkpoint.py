@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 # Of Orbax's log nothing is shown: 20 lines per save, warnings when an item is read alone, and for a full disk a
 # dozen stacks of its threads. What fails there reaches us as an exception, and is told in a sentence.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 FORMAT = 1
 FINGERPRINTS = {"params": "fingerprint", "opt": "fingerprint_opt", "step": "fingerprint_step"}  # keys of misc

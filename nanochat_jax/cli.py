@@ -388,6 +388,7 @@ def setup_runtime(cfg: Config, processes: int = 1, keep_freed: bool = True) -> N
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "orbax", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    sys.unraisablehook = _past_ended_loops(sys.unraisablehook)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     devices = cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor
@@ -412,6 +413,17 @@ def setup_runtime(cfg: Config, processes: int = 1, keep_freed: bool = True) -> N
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _past_ended_loops(hook: Callable[..., None]) -> Callable[..., None]:
+    """An unraisablehook without what threads of Orbax's say after a save has failed, as often as there are writes
+    left: that the event loop, to which they report, has ended. The failure itself is told in a sentence."""
+
+    def told(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed" or unraisable.exc_type is not RuntimeError:
+            hook(unraisable)
+
+    return told
 
 
 def _only_cpu() -> bool:

@@ -14,6 +14,7 @@ for flag in FLAGS:
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
+import itertools
 import socket
 
 import hypothesis
@@ -42,6 +43,19 @@ def _loopback_only(connect):
 
 socket.socket.connect = _loopback_only(socket.socket.connect)  # type: ignore[method-assign]
 socket.socket.connect_ex = _loopback_only(socket.socket.connect_ex)  # type: ignore[method-assign]
+
+
+MAPS = 40_000  # of the 65,530 memory maps that Linux gives a process; every compiled program takes some
+_finished = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Drop compiled programs before maps run out, for then LLVM crashes; counting them takes a while."""
+    if next(_finished) % 8 == 0 and os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps", "rb") as maps:
+            many = sum(1 for _ in maps) > MAPS
+        if many:
+            jax.clear_caches()
 
 
 @pytest.fixture

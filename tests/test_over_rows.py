@@ -61,7 +61,7 @@ def gradient_of(cfg):
     )
 
 
-def compiled(cfg, prepare=lambda batch: batch):
+def compiled(cfg, prepare=lambda batch, state: batch):
     """It compiled, and its arguments."""
     run, specs, mesh = gradient_of(cfg), transformer.param_specs(cfg.model), parallel.mesh(cfg.mesh)
     rng = np.random.default_rng(1)
@@ -69,7 +69,7 @@ def compiled(cfg, prepare=lambda batch: batch):
     places = parallel.param_shardings(specs, mesh)
     given = (
         jax.device_put(params, places),
-        jax.device_put(prepare(rows()), parallel.batch_sharding(mesh)),
+        jax.device_put(prepare(rows(), ()), parallel.batch_sharding(mesh)),
         jax.random.key(0),
     )
     step = jax.jit(run, out_shardings=(None, places)).lower(*given).compile()
@@ -128,7 +128,7 @@ def test_bfloat16_crosses_the_wire(mesh):
     step, given = compiled(cfg)
     (loss, _), grads = step(*given)
     (want, _), wanted = alone()
-    np.testing.assert_allclose(loss, want, rtol=0.0 if "fsdp" not in mesh else 2e-2)
+    np.testing.assert_allclose(loss, want, rtol=1e-6 if "fsdp" not in mesh else 2e-2)
     for got, true in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
         assert float(jnp.linalg.norm(got - true)) <= (0.006 if "fsdp" not in mesh else 0.1) * np.linalg.norm(
             true
