@@ -564,6 +564,13 @@ def test_a_failing_manifest_fails_the_save(tmp_path, monkeypatch):
         assert checkpoints.steps() == [1]
 
 
+def test_stacks_that_asyncio_logs_of_orbax_are_not_shown(caplog):
+    told = logging.getLogger("asyncio")
+    told.error("Task exception was never retrieved\nfuture: ckpt/8.orbax-checkpoint-tmp/params")
+    told.error("Task exception was never retrieved\nfuture: of the server")
+    assert [record.message.split()[-1] for record in caplog.records] == ["server"]
+
+
 def test_an_error_of_orbax_is_told_once(tmp_path, full_disk, caplog, monkeypatch):
     with Checkpointer(CFG, tmp_path) as checkpoints:
         full_disk()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -423,10 +424,24 @@ def quiet_setup(monkeypatch):
         monkeypatch.delenv(name)
     for name in ("TF_CPP_MIN_LOG_LEVEL", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, os.environ.get(name, "kept"))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     levels = {name: logging.getLogger(name).level for name in ("absl", "jax", "orbax", "grain")}
     yield updates
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+
+
+def test_what_threads_of_a_failed_save_say_of_their_ended_loop_is_not_shown(monkeypatch, quiet_setup):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(str(unraisable.exc_value)))
+    cli.setup_runtime(Config())
+    for error in (
+        RuntimeError("Event loop is closed"),
+        RuntimeError("other"),
+        OSError("Event loop is closed"),
+    ):
+        sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert shown == ["other", "Event loop is closed"]
 
 
 def test_a_mesh_on_the_cpu_pretends_devices(monkeypatch, quiet_setup):
