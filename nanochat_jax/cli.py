@@ -37,6 +37,7 @@ from nanochat_jax.processes import Interrupt as Interrupt
 # Rooms that can be run are those that have a `__main__`.
 ROOMS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/__main__.py")))
 log = logging.getLogger("nanochat_jax")
+GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 
 
 def run(
@@ -397,11 +398,11 @@ def setup_runtime(cfg: Config, processes: int = 1, keep_freed: bool = True) -> N
             f"'mesh.data * mesh.fsdp * mesh.tensor' = {devices} must be a multiple of the number of processes, "
             f"{processes}"
         )
-    devices //= processes or devices
-    flag = "xla_force_host_platform_device_count"
-    if devices > 1 and _only_cpu() and flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={devices}".strip()
+    several, devices = devices > 1, devices // (processes or devices)
+    if devices > 1 and _only_cpu() and _add_xla_flag("xla_force_host_platform_device_count", devices):
         log.info("pretending that the CPU is %d devices, for the mesh", devices)
+    if several and _maybe_gpus():
+        _add_xla_flag("xla_gpu_enable_latency_hiding_scheduler", "true")  # exchange beside products
     if keep_freed:
         _keep_freed_memory()
     if not faulthandler.is_enabled():
@@ -413,6 +414,15 @@ def setup_runtime(cfg: Config, processes: int = 1, keep_freed: bool = True) -> N
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _add_xla_flag(name: str, value: object) -> bool:
+    """Set a flag of XLA's; False where the user has set it."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if name in given:
+        return False
+    os.environ["XLA_FLAGS"] = f"{given} --{name}={value}".strip()
+    return True
 
 
 def _past_ended_loops(hook: Callable[..., None]) -> Callable[..., None]:
@@ -430,8 +440,14 @@ def _only_cpu() -> bool:
     """Whether jax will find nothing but the CPU, judged without starting it."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
-    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
-    return not any(importlib.util.find_spec(name) for name in plugins)
+    return not any(importlib.util.find_spec(name) for name in (*GPU_PLUGINS, "libtpu"))
+
+
+def _maybe_gpus() -> bool:
+    """Whether jax may find GPUs, judged likewise."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return any(name in platforms for name in ("cuda", "gpu", "rocm"))
+    return any(importlib.util.find_spec(name) for name in GPU_PLUGINS)
 
 
 def _keep_freed_memory() -> None:

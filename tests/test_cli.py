@@ -455,13 +455,31 @@ def test_a_mesh_on_the_cpu_pretends_devices(monkeypatch, quiet_setup):
     cli.setup_runtime(mesh)
     assert os.environ["XLA_FLAGS"] == "--xla_force_host_platform_device_count=8"
     monkeypatch.setenv("XLA_FLAGS", "--other")
-    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     cli.setup_runtime(mesh)
     assert os.environ["XLA_FLAGS"] == "--other"
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)  # no accelerator's plugin
     cli.setup_runtime(mesh)
     assert os.environ["XLA_FLAGS"] == "--other --xla_force_host_platform_device_count=4"
+
+
+def test_several_gpus_exchange_beside_their_products(monkeypatch, quiet_setup):
+    overlap = "--xla_gpu_enable_latency_hiding_scheduler"
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    cli.setup_runtime(Config())  # one device has nothing to exchange
+    assert "XLA_FLAGS" not in os.environ
+    monkeypatch.setenv("XLA_FLAGS", f"{overlap}=false")  # the user's
+    cli.setup_runtime(cli.get_config("config_b"))
+    assert os.environ["XLA_FLAGS"] == f"{overlap}=false"
+    monkeypatch.delenv("XLA_FLAGS")
+    cli.setup_runtime(cli.get_config("config_b"), processes=2)
+    assert os.environ["XLA_FLAGS"] == f"{overlap}=true"
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin")
+    cli.setup_runtime(cli.get_config("config_b"))
+    assert os.environ["XLA_FLAGS"] == f"{overlap}=true"
 
 
 def test_the_compilation_cache_is_the_users_if_set(monkeypatch, quiet_setup):
