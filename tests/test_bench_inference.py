@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 
 import jax
 import pytest
@@ -102,7 +101,7 @@ def test_transformers_beside_it(home):
     plain = dataclasses.replace(MODEL, loop=LoopConfig())
     params = params_lib.init_params(transformer.param_specs(plain), jax.random.key(0))
     first, given = inference.prompts(words, 8, 2), inference.prompts(words, 6, 16)
-    found = inference.peer(Config(model=plain), params, words, sys.executable, first, given, 5, 1)
+    # A rate is of the difference of two times: on a busy machine few tokens may seem to take less than none.
+    found = inference.peer(Config(model=plain), params, words, sys.executable, first, given, 32, 1)
     assert [row["rows"] for row in found["decode"]] == [1, 8] and found["threads"] == 1
-    # A rate is of the difference of two times, which on a busy machine may be negative for five tokens.
-    assert all(math.isfinite(row["tokens_per_second"]["median"]) for row in found["decode"])
+    assert all(row["tokens_per_second"]["min"] > 0 for row in found["decode"])

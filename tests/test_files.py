@@ -25,6 +25,13 @@ def test_the_old_one_stays(tmp_path, error):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_json_file_that_cannot_be_written_leaves_no_part_of_itself(tmp_path):
+    (tmp_path / "x.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        files.write_json(tmp_path / "x.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_what_a_killed_process_left_is_swept(tmp_path):
     for name in ("manifest.json.4711.tmp", "a.tmp", "b.json"):
         (tmp_path / name).touch()

@@ -60,7 +60,7 @@ def compile_gradients(cfg: Config) -> dict:
     return {
         "arguments": analysis.argument_size_in_bytes, "temporary": analysis.temp_size_in_bytes,
         "traffic": every, "sometimes": sometimes,
-        "expected": traffic.gradients(cfg) | traffic.activations(cfg, "cpu"),
+        "expected": traffic.added(traffic.gradients(cfg), traffic.activations(cfg, "cpu")),
     }  # fmt: skip
 
 

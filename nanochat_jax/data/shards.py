@@ -28,7 +28,6 @@ from nanochat_jax.data import text as texts
 from nanochat_jax.data.sources import DataError, RemoteError
 from nanochat_jax.data.stored import Stored
 from nanochat_jax.data.workers import WorkerError
-from nanochat_jax.files import write_json
 
 try:
     import fcntl
@@ -124,7 +123,7 @@ def prepare(
                 else:
                     made = _from_text(cfg, vocab_size, cache_dir, work, report)
                 directory = _publish(made, cache_dir)
-                write_json(link, {"directory": directory.name, "request": request})
+                files.write_json(link, {"directory": directory.name, "request": request})
             shutil.rmtree(work, ignore_errors=True)
     return open_corpus(directory, vocab_size, verify)
 
@@ -380,7 +379,7 @@ def _finish(
         "dtype": dtype, "counts": counts, "splits": splits, "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256, "files": inside | (outside or {}),
     }  # fmt: skip
-    write_json(out / "manifest.json", manifest)
+    files.write_json(out / "manifest.json", manifest)
 
 
 def _describe(path: Path) -> dict[str, Any]:

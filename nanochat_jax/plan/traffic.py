@@ -30,7 +30,11 @@ REMADE = {"none": 0, "dots": 1, "block": 1}  # forward passes more whose activat
 
 def predict(cfg: Config, platform: str = "gpu") -> Bytes:
     """Bytes sent by each device in a step, by kind of collective; {} on one device."""
-    parts = (gradients(cfg), activations(cfg, platform), optimizer(cfg))
+    return added(gradients(cfg), activations(cfg, platform), optimizer(cfg))
+
+
+def added(*parts: Bytes) -> Bytes:
+    """The sum of several accounts, kind by kind."""
     kinds = sorted({kind for part in parts for kind in part})
     return {kind: sum(part.get(kind, 0.0) for part in parts) for kind in kinds}
 

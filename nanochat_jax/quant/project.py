@@ -143,9 +143,9 @@ class Project:
         precisions = [self.precision(role) for role in roles]
         first = precisions[0]
         served = any(type(w) in SERVED for w in ws)
-        joined = dispatch.backend() == "cpu" and not (served or dispatch.divided())
-        joined = joined and all(p == first for p in precisions)
-        if joined and first.grad in ("full", "int8"):  # FP4 blocks and scales of dy must not mix the roles
+        apart = served or dispatch.divided() or any(p != first for p in precisions)
+        # FP4 blocks and scales of dy must not mix the roles.
+        if dispatch.backend() == "cpu" and not apart and first.grad in ("full", "int8"):
             for role, w in zip(roles, ws, strict=True):
                 self._check(role, first, w)
             return tuple(matmul(x, ws, first.weight, first.act, self.group, first.grad, self.how))  # type: ignore[arg-type]

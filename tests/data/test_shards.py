@@ -323,13 +323,6 @@ def test_a_full_disk_leaves_what_was_gathered(tree, monkeypatch, reason):
     assert no_partial(tree.parent / "cache")
 
 
-def test_a_json_file_that_cannot_be_written_leaves_no_part_of_itself(tmp_path):
-    (tmp_path / "x.json" / "in the way").mkdir(parents=True)
-    with pytest.raises(OSError, match="directory"):
-        shards.write_json(tmp_path / "x.json", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
 @pytest.mark.multiprocess
 def test_several_processes_at_once(tree):
     """One works, the others wait: every one gets the same corpus, and the text is read once."""
