@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import importlib
 import json
 import logging
 import os
@@ -504,6 +505,31 @@ def test_the_allocator_is_the_users_if_set(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     cli._keep_freed_memory()
     assert asked == ["libc.so.6"]
+
+
+@pytest.mark.parametrize(
+    ("room", "kind", "kept"),
+    [
+        ("inference", "", False),
+        ("serve", "", False),
+        ("bench", "inference", False),
+        ("bench", "throughput", True),
+    ],
+)
+def test_answers_do_not_share_one_arena(monkeypatch, room, kind, kept):
+    main = importlib.import_module(f"nanochat_jax.{room}.__main__")
+    asked = []
+
+    def setup(cfg, processes=1, keep_freed=True):
+        asked.append(keep_freed)
+        raise SystemExit
+
+    monkeypatch.setattr(cli, "setup_runtime", setup)
+    monkeypatch.setattr(cli, "trained", lambda call: (Path("run"), Config()))
+    call = cli.parse([], main.FLAGS)
+    with pytest.raises(SystemExit):
+        main.main(*(kind,) if kind else (), Config(), call)
+    assert asked == [kept]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -34,7 +34,7 @@ KINDS = {
 def main(kind: str, cfg: Config, call: cli.Invocation) -> int:
     """Run one benchmark; print its record or the text for people. Status: the record's, else 0."""
     cfg = cli.trained(call)[1] if kind == "inference" else cfg
-    cli.setup_runtime(cfg)
+    cli.setup_runtime(cfg, keep_freed=kind != "inference")  # as the commands themselves
     from nanochat_jax.bench import commands
 
     if kind == "ablate":

@@ -30,7 +30,7 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     given = {name: call.flags[name] for name in FLAGS if name not in ("chat", "prompt", "system", "seed")}
     changes = {name: value for name, value in given.items() if value not in ("", -1)}
     settings = resolve({**to_dict(cfg), "infer": {**dataclasses.asdict(cfg.infer), **changes}}).infer
-    cli.setup_runtime(cfg)
+    cli.setup_runtime(cfg, keep_freed=False)
     from nanochat_jax.inference import load, terminal
 
     try:

@@ -35,7 +35,7 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     given = {"capacity": 0, "weights": "", "draft_tokens": -1, "draft_loops": -1}
     changes = {name: call.flags[name] for name, absent in given.items() if call.flags[name] != absent}
     infer = resolve({**to_dict(cfg), "infer": {**dataclasses.asdict(cfg.infer), **changes}}).infer
-    cli.setup_runtime(cfg)
+    cli.setup_runtime(cfg, keep_freed=False)
     from nanochat_jax.serve import run
 
     key = run.read_key(call.api_key_file) or cli.api_key()
