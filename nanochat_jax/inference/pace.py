@@ -1,4 +1,5 @@
-"""How many tokens to draft ahead: what a step with so many drafts costs, and how many of them come true.
+"""How many tokens at a time: without drafts as many steps as fit into a moment; with them, how many tokens to
+draft ahead, from what a step with so many drafts costs and how many of them come true.
 
 With c(d) the seconds of a step with d drafts and a_k the share of k-th drafts that were right where all
 before them were, a step yields 1 + sum_{k <= d} a_1 .. a_k tokens; taken is the d with the most tokens per
@@ -20,6 +21,8 @@ RUNS = 6  # measured steps of each length; their median counts, so that a compil
 GAIN = 1.1  # drafts must promise so many times the tokens of plain steps: less is within the spread of their times
 RENEW = 4096  # steps after which they are measured anew
 FORGET = 1 / 64  # weight of the newest step in the shares
+MOMENT = 0.01  # seconds; nobody sees that what comes within it comes at once
+NEWEST = 1 / 4  # weight of the newest plain step in their time
 
 
 class Pace(NamedTuple):
@@ -30,6 +33,18 @@ class Pace(NamedTuple):
     right: tuple[float, ...]  # weight of right drafts, by place
     tried: tuple[float, ...]  # weight of those whose predecessors all were right
     steps: int = 0  # since the measurement began
+
+
+def burst(seconds: float, most: int) -> int:
+    """Plain steps to dispatch as one, 1..most, if each takes so many seconds; 0 = that is not known yet."""
+    return max(1, min(most, int(MOMENT / seconds))) if seconds else 1
+
+
+def smooth(seconds: float, newest: float | None, count: int) -> float:
+    """What a plain step takes, after `count` of them in `newest` seconds (None: not measured)."""
+    if newest is None:
+        return seconds
+    return seconds + (newest / count - seconds) * NEWEST if seconds else newest / count
 
 
 def start(most: int) -> Pace:

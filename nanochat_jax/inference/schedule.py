@@ -1,9 +1,12 @@
 """Requests in, tokens out: continuous batching over the slots of one cache (the host's side).
 
 One turn of the loop: leave out who has gone, give a free slot to the next request, read at most one piece
-of a prompt, add one token to all active rows. So nobody waits for another's long prompt or long answer.
-The host reads a draw while the device works on the next one; the token that a row draws too many when it
-ends is thrown away.
+of a prompt, add a token to all active rows. So nobody waits for another's long prompt or long answer.
+The host reads a draw while the device works on the next one; what a row draws too many when it ends is
+thrown away.
+
+Where a step is short, the host's part of it counts (a millisecond on a CPU), and while no prompt is read a turn
+adds as many tokens as fit into a moment (`pace.burst`). That decides about time only: no bit depends on it.
 
 A prompt that begins like what a slot still holds (the turns of a chat) is copied from there and read from
 the first difference on.
@@ -43,6 +46,7 @@ class Engine:
     exit_quantile: float = 1.0  # see InferConfig
     draft_tokens: int = 0  # see InferConfig
     draft_loops: int = 0
+    burst: int = 8  # most tokens that a turn adds to a row; with drafts their number decides
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Job:
 
     emit: takes a token; False ends the answer ("stop"). finish: called once at the end, with "stop" (a
     stop id, or emit said so), "length", "cancelled" or "error", and for the last a sentence.
-    cancelled: asked before every step.
+    cancelled: asked before every step and every token.
     """
 
     request: Request
@@ -110,14 +114,15 @@ def check(engine: Engine, request: Request) -> None:
 
 def allocate(engine: Engine) -> State:
     """Empty slots of the engine, beside its parameters."""
-    # Room for the padding of the last piece: a write that does not fit would be moved to the left.
+    # Room for the padding of the last piece, and for what the last turn draws too many: a write that does not
+    # fit would be moved to the left.
     if engine.draft_tokens:
         room = max(engine.chunk, speculative.room(engine.cfg, engine.draft_tokens))
         state: State = speculative.allocate(
             engine.cfg, engine.slots, engine.capacity + room, engine.draft_loops
         )
     else:
-        state = device.allocate(engine.cfg, engine.slots, engine.capacity + engine.chunk)
+        state = device.allocate(engine.cfg, engine.slots, engine.capacity + max(engine.chunk, engine.burst))
     return jax.device_put(state, jax.tree.leaves(engine.params)[0].sharding)
 
 
@@ -157,7 +162,7 @@ def run(
     table = _Table.of(engine.slots)
     reading: _Reading | None = None
     seen = pace.start(engine.draft_tokens) if engine.draft_tokens else None
-    last: _Heard | None = None
+    last = _Heard(None)
     try:
         while True:
             for slot, job in enumerate(table.jobs):
@@ -179,9 +184,9 @@ def run(
             before, read = len(table.unread), reading is not None
             if reading is not None:
                 slots, reading = _read_piece(engine, table, slots, reading)
-            slots = _step_active(
-                engine, table, slots, 0 if seen is None else pace.wanted(seen, not read), read
-            )
+            drafts = 0 if seen is None else pace.wanted(seen, not read)
+            burst = 1 if read or seen is not None else pace.burst(last.seconds, engine.burst)
+            slots = _step_active(engine, table, slots, drafts, burst, read)
             worked = reading is not None or len(table.unread) > before
             while len(table.unread) > worked:
                 seen, last = _hand_out(table, observe, seen, last)
@@ -196,19 +201,21 @@ def run(
 
 
 class _Drawing(NamedTuple):
-    """A dispatched draw, and (row of the draw, slot, job) that it is for."""
+    """Dispatched draws, and (row of the draw, slot, job) that they are for."""
 
     drawn: device.Drawn | speculative.Steps
     rows: list[tuple[int, int, Job]]
+    count: int = 0  # for each row, drafts that come true aside; 0 = a prompt's one
     drafts: int = 0
     behind: bool = False  # a piece of a prompt was read before this step
 
 
 class _Heard(NamedTuple):
-    """When a step's tokens were there, and how many were drafted for it."""
+    """When a step's tokens were there, and how many were drafted for it; what a step takes without drafts."""
 
-    at: float
-    drafts: int
+    at: float | None  # None: it was a prompt's draw
+    drafts: int = 0
+    seconds: float = 0.0  # 0 = not known yet
 
 
 @dataclass(frozen=True)
@@ -266,37 +273,39 @@ def _read_piece(engine: Engine, table: _Table, slots: State, at: _Reading) -> tu
     return slots, None
 
 
-def _step_active(engine: Engine, table: _Table, slots: State, drafts: int, behind: bool) -> State:
-    """Add a token to every row whose answer may have one more, or some more."""
+def _step_active(engine: Engine, table: _Table, slots: State, drafts: int, burst: int, behind: bool) -> State:
+    """Add a token to every row whose answer may have one more, or some more: `burst` where one may have so many."""
     active = [
         (slot, slot, job) for slot, job in enumerate(table.jobs)
         if job is not None and 0 < table.draws[slot] < job.request.max_tokens
     ]  # fmt: skip
     if not active:
         return slots
+    count = min(burst, max(job.request.max_tokens - table.draws[slot] for _, slot, job in active))
     mask = np.zeros(engine.slots, bool)
     for _, slot, _ in active:
         mask[slot] = True
-        table.draws[slot] += 1
-    slots, drawn = _step(engine, slots, mask, any(job.request.top for _, _, job in active), drafts)
-    table.unread.append(_Drawing(drawn, active, drafts, behind))
+        table.draws[slot] += count
+    slots, drawn = _step(engine, slots, mask, any(job.request.top for _, _, job in active), drafts, count)
+    table.unread.append(_Drawing(drawn, active, count, drafts, behind))
     return slots
 
 
 def _hand_out(
-    table: _Table, observe: Callable[[str, float], None], seen: pace.Pace | None, last: _Heard | None
-) -> tuple[pace.Pace | None, _Heard | None]:
-    """Wait for the oldest draw and give its tokens to those who still want them. last: the step before, if it
-    was one. Returns what is known of drafts, and of this step."""
+    table: _Table, observe: Callable[[str, float], None], seen: pace.Pace | None, last: _Heard
+) -> tuple[pace.Pace | None, _Heard]:
+    """Wait for the oldest draws and give their tokens to those who still want them. last: the ones before.
+    Returns what is known of drafts, and of these draws."""
     oldest = table.unread.popleft()
-    read = jax.device_get(oldest.drawn)
-    heard = None
+    read, now = jax.device_get(oldest.drawn), time.perf_counter()
+    alike = last.at is not None and last.drafts == oldest.drafts and not oldest.behind
+    seconds = now - last.at if last.at is not None and alike else None
+    heard = _Heard(now if oldest.count else None, oldest.drafts, last.seconds)
     if not isinstance(read, speculative.Steps):
-        read = speculative.Steps(jax.tree.map(lambda a: a[None], read), np.ones(len(read.token), np.int32))
+        read = speculative.Steps(*_plain(read, oldest.count))
+        if oldest.count:
+            heard = heard._replace(seconds=pace.smooth(last.seconds, seconds, oldest.count))
     elif seen is not None:
-        heard = _Heard(time.perf_counter(), oldest.drafts)
-        alike = last is not None and last.drafts == heard.drafts and not oldest.behind
-        seconds = heard.at - last.at if last is not None and alike else None
         seen = pace.seen(seen, oldest.drafts, [int(read.count[row]) for row, _, _ in oldest.rows], seconds)
         observe("drafts", oldest.drafts)
         for place in range(oldest.drafts):
@@ -305,14 +314,22 @@ def _hand_out(
     draws = [device.Drawn(*each) for each in zip(*read.drawn, strict=True)]
     for row, slot, job in oldest.rows:
         if table.jobs[slot] is job:
-            table.draws[slot] += int(read.count[row]) - 1
+            table.draws[slot] += int(read.count[row]) - max(oldest.count, 1)
         for drawn in draws[: read.count[row]]:
+            if table.jobs[slot] is job and job.cancelled():
+                _end(table, slot, "cancelled")
             if table.jobs[slot] is not job:
                 break  # the answer has ended meanwhile: drawn too many
             if drawn.depth[row]:
                 observe("depth", float(drawn.depth[row]))
             _hear(table, slot, job, _token(drawn, row, job.request.top), bool(drawn.finite[row]), observe)
     return seen, heard
+
+
+def _plain(read: device.Drawn, count: int) -> tuple[device.Drawn, np.ndarray]:
+    """Draws without drafts as those of a step: `count` for each row, or a prompt's one (0)."""
+    several = read if count else jax.tree.map(lambda a: a[None], read)
+    return several, np.full(several.token.shape[1], max(count, 1))
 
 
 def _hear(
@@ -414,14 +431,17 @@ def _fill(engine: Engine, slots: State, at: _Reading, prompt: tuple[int, ...]) -
 
 
 def _step(
-    engine: Engine, slots: State, active: np.ndarray, tops: bool, drafts: int = 0
+    engine: Engine, slots: State, active: np.ndarray, tops: bool, drafts: int = 0, count: int = 1
 ) -> tuple[State, device.Drawn | speculative.Steps]:
     if isinstance(slots, speculative.State):
         return speculative.step(
             engine.cfg, engine.draft_loops, drafts, engine.params, slots, active, np.bool_(tops)
         )
     quantile = np.float32(engine.exit_quantile) if engine.exit_quantile < 1 else None
-    return device.step(engine.cfg, engine.params, slots, active, np.bool_(tops), quantile)
+    times = np.int32(count)
+    return device.step(
+        engine.cfg, engine.burst, engine.params, slots, times, active, np.bool_(tops), quantile
+    )
 
 
 def _token(read: device.Drawn, row: int, top: int) -> Token:

@@ -1,7 +1,7 @@
 """Rows of one cache that serve different requests: the device's side of continuous batching.
 
 Three programs with static shapes: `admit` gives a slot to a request, `fill` reads a piece of its prompt,
-`step` adds a token to all active rows. What a row draws depends on its prompt, its controls, its key and
+`step` adds tokens to all active rows. What a row draws depends on its prompt, its controls, its key and
 the number of the draw, never on the slot or the other rows.
 """
 
@@ -122,14 +122,32 @@ def read(
     return Slots(cache, _put(slots.row, slot, own)), drawn, output.hidden
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def step(
+    cfg: ModelConfig, most: int, params: Params, slots: Slots, count: jax.Array, active_B: jax.Array,
+    tops: jax.Array, quantile=None,
+) -> tuple[Slots, Drawn]:  # fmt: skip
+    """Put every active row's last token into the cache and draw its next one, `count` times. Donates `slots`.
+
+    One program whatever the count, so that no bit depends on it.
+    Args: count: int32 [], 1..most. active: bool [B]. tops: bool [], report the likeliest ids too. quantile:
+    see engine.decode.
+    Returns: (slots, the draws, every field [most, B, ..]; those from `count` on are meaningless).
+    """
+
+    def one(i: jax.Array, carry: tuple[Slots, Drawn]) -> tuple[Slots, Drawn]:
+        slots, drawn = add(cfg, params, carry[0], active_B, tops, quantile)
+        return slots, jax.tree.map(lambda all_, new: all_.at[i].set(new), carry[1], drawn)
+
+    like = jax.eval_shape(functools.partial(add, cfg), params, slots, active_B, tops, quantile)[1]
+    empty = jax.tree.map(lambda a: jnp.zeros((most, *a.shape), a.dtype), like)
+    return jax.lax.fori_loop(0, count, one, (slots, empty))
+
+
+def add(
     cfg: ModelConfig, params: Params, slots: Slots, active_B: jax.Array, tops: jax.Array, quantile=None
 ) -> tuple[Slots, Drawn]:
-    """Put every active row's last token into the cache and draw its next one. Donates `slots`.
-
-    Args: active: bool [B]. tops: bool [], report the likeliest ids too. quantile: see engine.decode.
-    """
+    """One token more for every active row, see `step`; the draw's fields are [B, ..]."""
     batch = engine.batch_of(slots.row.token[:, None], slots.cache.length)
     output = transformer.forward(
         cfg, projections.from_config(cfg), params, batch, slots.cache, quantile=quantile

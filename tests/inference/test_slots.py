@@ -6,6 +6,7 @@ The equality contract of the cache is here too: any way to cut a sequence gives 
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import BLOCKS, InferConfig, LoopConfig, ModelConfig
 from nanochat_jax.inference import cache as caches
-from nanochat_jax.inference import engine, schedule, slots
+from nanochat_jax.inference import engine, pace, schedule, slots
 from nanochat_jax.model import transformer
 from nanochat_jax.quant import project as projections
 from nanochat_jax.types import Batch
@@ -155,6 +156,63 @@ def test_slots_are_donated():
     before = schedule.allocate(made)
     after, _ = schedule._step(made, before, np.ones(3, bool), False)
     assert before.cache.k.is_deleted() and not after.cache.k.is_deleted()
+
+
+def heard(made, requests):
+    """Every token of the answers with its numbers, by request; steps' counts of tokens."""
+    said, counts = [[] for _ in requests], []
+
+    def job(i):
+        return schedule.Job(requests[i], lambda token: said[i].append(token) or True, lambda *end: None)
+
+    def counted(engine, slots, active, tops, drafts=0, count=1, *, step=schedule._step):
+        counts.append(count)
+        return step(engine, slots, active, tops, drafts, count)
+
+    waiting = [job(i) for i in range(len(requests))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "_step", counted)
+        schedule.run(made, lambda idle: waiting.pop(0) if waiting else None)
+    return said, counts
+
+
+@pytest.mark.parametrize("seconds", [1e-9, pace.MOMENT / 3])
+def test_no_bit_depends_on_how_many_tokens_a_turn_adds(monkeypatch, seconds):
+    """Times decide about time only: ids, probabilities and alternatives are the same to the last bit."""
+    requests = [dataclasses.replace(r, top=2, max_tokens=13 + 7 * i) for i, r in enumerate(some_requests(4))]
+    one, counts = heard(engine_of(burst=1), requests)
+    assert set(counts) == {1}
+    monkeypatch.setattr(pace, "smooth", lambda *known: seconds)
+    many, counts = heard(engine_of(burst=5), requests)
+    assert max(counts) == min(5, round(pace.MOMENT / seconds)) and many == one
+
+
+def test_a_turn_adds_no_more_than_any_row_may_have():
+    ask = functools.partial(schedule.Request, temperature=0.0)
+    made = engine_of(capacity=64, chunk=2, burst=50)  # more slots for what is too much than for a piece
+    requests = [ask((1, 2), 62), ask((3,), 5), ask(tuple(range(40)), 24)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "smooth", lambda *known: 1e-9)
+        said, counts = heard(made, requests)
+    assert [len(tokens) for tokens in said] == [62, 5, 24]
+    assert [[token.id for token in tokens] for tokens in said] == [alone(request) for request in requests]
+    assert max(counts) > 5 and sum(counts) <= 62
+
+
+def test_several_steps_are_single_ones():
+    made = engine_of(burst=4)
+    state = schedule._admit(made, schedule.allocate(made), 1, schedule.Request((4, 5), 9, seed=3))
+    state, _ = schedule._fill(made, state, schedule._Reading(1, 1, 0), (4, 5))
+    active = np.array([False, True, False])
+    apart, singly = jax.tree.map(jnp.copy, state), []
+    for _ in range(3):
+        apart, drawn = schedule._step(made, apart, active, True)
+        singly.append(drawn)
+    together, drawn = schedule._step(made, state, active, True, count=3)
+    chex.assert_trees_all_equal(together, apart)
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda a: a[:3], drawn), jax.tree.map(lambda *a: jnp.stack([x[0] for x in a]), *singly)
+    )
 
 
 def test_garbage_of_earlier_requests_has_no_effect():
