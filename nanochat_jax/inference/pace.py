@@ -1,15 +1,15 @@
-"""How many tokens at a time: without drafts as many steps as fit into a moment; with them, how many tokens to
-draft ahead, from what a step with so many drafts costs and how many of them come true.
+"""How many steps at a time: as many as fit into a moment. How many tokens to draft ahead: from what a step with
+so many drafts costs and how many of them come true.
 
 With c(d) the seconds of a step with d drafts and a_k the share of k-th drafts that were right where all
 before them were, a step yields 1 + sum_{k <= d} a_1 .. a_k tokens; taken is the d with the most tokens per
 second, and none at all (d = 0, plain decoding) if that is less than GAIN times what plain steps yield. Times
 decide about time only: a text does not depend on them, see inference/speculative.py.
 
-A step costs what lies between its tokens and those of the step before: with one step under way while the
-other is read, that is less than a step that is waited for. So lengths are tried in turns of a few steps,
-where a busy moment of the machine meets all of them, and what follows a step of another length is not
-counted. The decision hopes: a_k counts one draft more than was seen as right. Who drafts too much soon
+A step costs what lies between its tokens and those of the step before: with one under way while the other is
+read, that is less than a step that is waited for. So lengths are tried in turns of a few steps, where a busy
+moment of the machine meets all of them, dispatched as one where that is how they will be; of steps dispatched
+singly, what follows one of another length is not counted. The decision hopes: a_k counts one draft more than was seen as right. Who drafts too much soon
 sees it, but who has stopped sees nothing more.
 """
 
@@ -22,7 +22,7 @@ GAIN = 1.1  # drafts must promise so many times the tokens of plain steps: less 
 RENEW = 4096  # steps after which they are measured anew
 FORGET = 1 / 64  # weight of the newest step in the shares
 MOMENT = 0.01  # seconds; nobody sees that what comes within it comes at once
-NEWEST = 1 / 4  # weight of the newest plain step in their time
+NEWEST = 1 / 4  # weight of the newest in the time of a step
 
 
 class Pace(NamedTuple):
@@ -35,16 +35,16 @@ class Pace(NamedTuple):
     steps: int = 0  # since the measurement began
 
 
-def burst(seconds: float, most: int) -> int:
-    """Plain steps to dispatch as one, 1..most, if each takes so many seconds; 0 = that is not known yet."""
-    return max(1, min(most, int(MOMENT / seconds))) if seconds else 1
+def burst(seconds: float) -> int:
+    """Steps that fit into a moment, if each takes so many seconds; 0 = that is not known yet."""
+    return max(1, int(MOMENT / seconds)) if seconds else 1
 
 
-def smooth(seconds: float, newest: float | None, count: int) -> float:
-    """What a plain step takes, after `count` of them in `newest` seconds (None: not measured)."""
+def smooth(seconds: float, newest: float | None) -> float:
+    """Seconds of a step, known from earlier ones (0: not known) and the newest (None: not measured)."""
     if newest is None:
         return seconds
-    return seconds + (newest / count - seconds) * NEWEST if seconds else newest / count
+    return seconds + (newest - seconds) * NEWEST if seconds else newest
 
 
 def start(most: int) -> Pace:

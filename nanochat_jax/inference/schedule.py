@@ -16,7 +16,7 @@ With drafts (inference/speculative.py) a step gives each row one token or more: 
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class Engine:
     exit_quantile: float = 1.0  # see InferConfig
     draft_tokens: int = 0  # see InferConfig
     draft_loops: int = 0
-    burst: int = 8  # most tokens that a turn adds to a row; with drafts their number decides
+    burst: int = 8  # most steps in a turn
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def allocate(engine: Engine) -> State:
     # Room for the padding of the last piece, and for what the last turn draws too many: a write that does not
     # fit would be moved to the left.
     if engine.draft_tokens:
-        room = max(engine.chunk, speculative.room(engine.cfg, engine.draft_tokens))
+        room = max(engine.chunk, speculative.room(engine.cfg, engine.draft_tokens, engine.burst))
         state: State = speculative.allocate(
             engine.cfg, engine.slots, engine.capacity + room, engine.draft_loops
         )
@@ -185,7 +185,8 @@ def run(
             if reading is not None:
                 slots, reading = _read_piece(engine, table, slots, reading)
             drafts = 0 if seen is None else pace.wanted(seen, not read)
-            burst = 1 if read or seen is not None else pace.burst(last.seconds, engine.burst)
+            tried = seen is not None and pace.trying(seen)
+            burst = 1 if read else min(engine.burst, pace.TURN if tried else pace.burst(last.seconds))
             slots = _step_active(engine, table, slots, drafts, burst, read)
             worked = reading is not None or len(table.unread) > before
             while len(table.unread) > worked:
@@ -205,13 +206,13 @@ class _Drawing(NamedTuple):
 
     drawn: device.Drawn | speculative.Steps
     rows: list[tuple[int, int, Job]]
-    count: int = 0  # for each row, drafts that come true aside; 0 = a prompt's one
+    count: int = 0  # steps; 0 = a prompt's draw
     drafts: int = 0
     behind: bool = False  # a piece of a prompt was read before this step
 
 
 class _Heard(NamedTuple):
-    """When a step's tokens were there, and how many were drafted for it; what a step takes without drafts."""
+    """When a turn's tokens were there, how many were drafted for each step of it, and what such a step takes."""
 
     at: float | None  # None: it was a prompt's draw
     drafts: int = 0
@@ -274,7 +275,7 @@ def _read_piece(engine: Engine, table: _Table, slots: State, at: _Reading) -> tu
 
 
 def _step_active(engine: Engine, table: _Table, slots: State, drafts: int, burst: int, behind: bool) -> State:
-    """Add a token to every row whose answer may have one more, or some more: `burst` where one may have so many."""
+    """Add tokens to every row whose answer may have one more, by `burst` steps if any may have so many."""
     active = [
         (slot, slot, job) for slot, job in enumerate(table.jobs)
         if job is not None and 0 < table.draws[slot] < job.request.max_tokens
@@ -298,24 +299,26 @@ def _hand_out(
     Returns what is known of drafts, and of these draws."""
     oldest = table.unread.popleft()
     read, now = jax.device_get(oldest.drawn), time.perf_counter()
-    alike = last.at is not None and last.drafts == oldest.drafts and not oldest.behind
-    seconds = now - last.at if last.at is not None and alike else None
+    steps = list(_steps(read, oldest.count))
+    # A single step that follows one of another length is over sooner or later than among its like.
+    alike = last.drafts == oldest.drafts or oldest.count > 1
+    each = (now - last.at) / len(steps) if last.at is not None and alike and not oldest.behind else None
     heard = _Heard(now if oldest.count else None, oldest.drafts, last.seconds)
-    if not isinstance(read, speculative.Steps):
-        read = speculative.Steps(*_plain(read, oldest.count))
-        if oldest.count:
-            heard = heard._replace(seconds=pace.smooth(last.seconds, seconds, oldest.count))
-    elif seen is not None:
-        seen = pace.seen(seen, oldest.drafts, [int(read.count[row]) for row, _, _ in oldest.rows], seconds)
+    if oldest.count:
+        known = last.seconds if last.drafts == oldest.drafts else 0.0
+        heard = heard._replace(seconds=pace.smooth(known, each))
+    if seen is not None and oldest.count:
+        for i, (_, counts) in enumerate(steps):
+            own = [int(counts[row]) for row, _, _ in oldest.rows]
+            seen = pace.seen(seen, oldest.drafts, own, None if i else each)
         observe("drafts", oldest.drafts)
         for place in range(oldest.drafts):
             if seen.tried[place]:
                 observe(f"accepted_{place + 1}", pace.shares(seen)[place])
-    draws = [device.Drawn(*each) for each in zip(*read.drawn, strict=True)]
     for row, slot, job in oldest.rows:
         if table.jobs[slot] is job:
-            table.draws[slot] += int(read.count[row]) - max(oldest.count, 1)
-        for drawn in draws[: read.count[row]]:
+            table.draws[slot] += sum(int(counts[row]) - 1 for _, counts in steps)
+        for drawn in (drawn for draws, counts in steps for drawn in draws[: counts[row]]):
             if table.jobs[slot] is job and job.cancelled():
                 _end(table, slot, "cancelled")
             if table.jobs[slot] is not job:
@@ -326,10 +329,18 @@ def _hand_out(
     return seen, heard
 
 
-def _plain(read: device.Drawn, count: int) -> tuple[device.Drawn, np.ndarray]:
-    """Draws without drafts as those of a step: `count` for each row, or a prompt's one (0)."""
-    several = read if count else jax.tree.map(lambda a: a[None], read)
-    return several, np.full(several.token.shape[1], max(count, 1))
+def _steps(
+    read: device.Drawn | speculative.Steps, count: int
+) -> Iterator[tuple[list[device.Drawn], np.ndarray]]:
+    """Of every step its draws, fields [B, ..], and how many of them are each row's tokens."""
+    if isinstance(read, speculative.Steps):
+        for i in range(count):
+            drawn = (a[i] for a in read.drawn)
+            yield [device.Drawn(*each) for each in zip(*drawn, strict=True)], np.asarray(read.count[i])
+        return
+    for i in range(count or 1):
+        drawn = device.Drawn(*(a[i] for a in read)) if count else read
+        yield [drawn], np.ones(len(drawn.token), np.int32)
 
 
 def _hear(
@@ -433,15 +444,13 @@ def _fill(engine: Engine, slots: State, at: _Reading, prompt: tuple[int, ...]) -
 def _step(
     engine: Engine, slots: State, active: np.ndarray, tops: bool, drafts: int = 0, count: int = 1
 ) -> tuple[State, device.Drawn | speculative.Steps]:
+    words = np.int32(count), active, np.bool_(tops)
     if isinstance(slots, speculative.State):
         return speculative.step(
-            engine.cfg, engine.draft_loops, drafts, engine.params, slots, active, np.bool_(tops)
+            engine.cfg, engine.draft_loops, drafts, engine.burst, engine.params, slots, *words
         )
     quantile = np.float32(engine.exit_quantile) if engine.exit_quantile < 1 else None
-    times = np.int32(count)
-    return device.step(
-        engine.cfg, engine.burst, engine.params, slots, times, active, np.bool_(tops), quantile
-    )
+    return device.step(engine.cfg, engine.burst, engine.params, slots, *words, quantile)
 
 
 def _token(read: device.Drawn, row: int, top: int) -> Token:

@@ -7,7 +7,7 @@ the number of the draw, never on the slot or the other rows.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,14 +134,20 @@ def step(
     see engine.decode.
     Returns: (slots, the draws, every field [most, B, ..]; those from `count` on are meaningless).
     """
+    return repeat(lambda slots: add(cfg, params, slots, active_B, tops, quantile), slots, count, most)
 
-    def one(i: jax.Array, carry: tuple[Slots, Drawn]) -> tuple[Slots, Drawn]:
-        slots, drawn = add(cfg, params, carry[0], active_B, tops, quantile)
-        return slots, jax.tree.map(lambda all_, new: all_.at[i].set(new), carry[1], drawn)
 
-    like = jax.eval_shape(functools.partial(add, cfg), params, slots, active_B, tops, quantile)[1]
-    empty = jax.tree.map(lambda a: jnp.zeros((most, *a.shape), a.dtype), like)
-    return jax.lax.fori_loop(0, count, one, (slots, empty))
+def repeat(
+    step: Callable[[Any], tuple[Any, Any]], state: Any, count: jax.Array, most: int
+) -> tuple[Any, Any]:
+    """`count` steps one after the other, 1..most: (state behind them, what they found, with an axis [most, ..])."""
+
+    def one(i: jax.Array, carry: tuple) -> tuple:
+        state, new = step(carry[0])
+        return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), carry[1], new)
+
+    empty = jax.tree.map(lambda a: jnp.zeros((most, *a.shape), a.dtype), jax.eval_shape(step, state)[1])
+    return jax.lax.fori_loop(0, count, one, (state, empty))
 
 
 def add(

@@ -53,21 +53,21 @@ class State(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The draws of a step."""
+    """The draws of one step; of n of them with a further axis [n, ..]."""
 
     drawn: slots.Drawn  # every field [d + 1, B, ..]
     count: jax.Array  # int32 [B]: so many of them are the row's next tokens
 
 
 def window(cfg: ModelConfig) -> int:
-    """W: after a step with M drafts all that may be wrong, and the plain steps of a turn (`pace.TURN`) with one
-    more, which may be under way when the turn ends."""
-    return 2 * cfg.mtp.depth + pace.TURN + 1
+    """W: after a step with M drafts all that may be wrong, and the plain steps of a turn (`pace.TURN`) with those of
+    another, which may be under way when the turn ends."""
+    return 2 * (cfg.mtp.depth + pace.TURN)
 
 
-def room(cfg: ModelConfig, drafts: int) -> int:
-    """Cache slots beyond the longest text: two steps in flight, and the drafting layers' window."""
-    return 2 * (drafts + 1) + window(cfg)
+def room(cfg: ModelConfig, drafts: int, burst: int = 1) -> int:
+    """Cache slots beyond the longest text: two turns of `burst` steps in flight, and the drafting layers' window."""
+    return 2 * burst * (drafts + 1) + window(cfg)
 
 
 def allocate(cfg: ModelConfig, rows: int, capacity: int, loops: int) -> State:
@@ -147,17 +147,28 @@ def _stacked(entries: list[tuple]) -> tuple:
     return tuple(jnp.stack(each) for each in zip(*entries, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 def step(
+    cfg: ModelConfig, loops: int, drafts: int, most: int, params: Params, state: State, count: jax.Array,
+    active_B: jax.Array, tops: jax.Array,
+) -> tuple[State, Steps]:  # fmt: skip
+    """Put every active row's last token into its cache, and as many drafts as come true, `count` times. Donates
+    `state`.
+
+    Args: loops: of the drafts; 0 = multi-token prediction. drafts: 0 = plain steps. count: int32 [], 1..most.
+    active: bool [B]. tops: bool [], report the likeliest ids too.
+    Returns: (state, of each step 1 to drafts + 1 tokens for every active row, none for others), fields of the
+    latter with an axis [most, ..] before; what is behind `count` is meaningless.
+    """
+    one = functools.partial(add, cfg, loops, drafts)
+    return slots.repeat(lambda state: one(params, state, active_B, tops), state, count, most)
+
+
+def add(
     cfg: ModelConfig, loops: int, drafts: int, params: Params, state: State, active_B: jax.Array,
     tops: jax.Array,
 ) -> tuple[State, Steps]:  # fmt: skip
-    """Put every active row's last token into its cache, and as many drafts as come true. Donates `state`.
-
-    Args: loops: of the drafts; 0 = multi-token prediction. drafts: 0 = a plain step. active: bool [B].
-    tops: bool [], report the likeliest ids too.
-    Returns: (state, 1 to drafts + 1 tokens for each active row, none for others).
-    """
+    """One step, see `step`."""
     row, length_B = state.slots.row, state.slots.cache.length
     noise = [slots.noise(row, k, active_B) for k in range(drafts + 1)]
     cache, guesses = state.slots.cache, []
@@ -262,19 +273,20 @@ def generate(
     while said < settings.max_tokens:
         if sure < settings.max_tokens:
             drafts = pace.wanted(seen)
-            state, steps = step(cfg, loops, drafts, params, state, np.ones(1, bool), np.False_)
+            words = np.int32(1), np.ones(1, bool), np.False_
+            state, steps = step(cfg, loops, drafts, 1, params, state, *words)
             unread.append((drafts, steps))
             sure += 1
         while unread and (len(unread) > 1 or sure >= settings.max_tokens):
             drafts, steps = unread.popleft()
-            count = int(steps.count[0])
+            count = int(steps.count[0, 0])
             spent += time.perf_counter() - since
             seen = pace.seen(seen, drafts, [count], spent if drafts == before else None)
             before, spent = drafts, 0.0
             sure += count - 1
             if tell is not None:
                 tell[:] = [seen]
-            for token in np.asarray(steps.drawn.token[:count, 0])[: settings.max_tokens - said].tolist():
+            for token in np.asarray(steps.drawn.token[0, :count, 0])[: settings.max_tokens - said].tolist():
                 said += 1
                 yield token
             since = time.perf_counter()

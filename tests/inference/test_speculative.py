@@ -66,6 +66,15 @@ def texts(kind, prompt, seed, **changes):
         return want, list(speculative.generate(cfg, params, prompt, drafting, key, tell)), tell
 
 
+def one_step(cfg, loops, drafts, state):
+    """(state, Steps of one step) with all rows active."""
+    active = np.ones(len(state.slots.row.token), bool)
+    state, steps = speculative.step(
+        cfg, loops, drafts, 1, params_of(cfg), state, np.int32(1), active, np.False_
+    )
+    return state, jax.tree.map(lambda a: a[0], steps)
+
+
 @some_kinds
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_the_text_is_the_plain_one(kind, temperature):
@@ -172,9 +181,7 @@ def test_the_exact_distribution_by_enumeration(kind, monkeypatch):
     state = states(cfg, loops, drafts, prompt, keys)
     said, early = [[int(t)] for t in state.slots.row.token], 0
     while min(map(len, said)) < n:
-        state, steps = speculative.step(
-            cfg, loops, drafts, params_of(cfg), state, np.ones(B, bool), np.False_
-        )
+        state, steps = one_step(cfg, loops, drafts, state)
         for b in range(B):
             early += int(steps.count[b]) > 1
             said[b] += np.asarray(steps.drawn.token)[: int(steps.count[b]), b].tolist()
@@ -210,7 +217,7 @@ def test_drafts_are_those_of_training(kind):
     text, drafted = [*prompt, int(state.slots.row.token[0])], []
     real = speculative._by_layers
 
-    for drafts in (0, most, 0, 1, most, most, *[0] * (pace.TURN + 1), most, 1):
+    for drafts in (0, most, 0, 1, most, most, *[0] * (2 * pace.TURN), most, 1):
         _, guesses = real(cfg, params, state, [jnp.zeros(state.slots.row.seen.shape)] * most)
         drafted = [int(g[0]) for g in guesses]
         tokens = jnp.asarray([text + drafted], jnp.int32)  # the chained form reads drafts
@@ -223,7 +230,7 @@ def test_drafts_are_those_of_training(kind):
         )  # fmt: skip
         z = transformer.logits(cfg, params, future[:, 0, len(text) - 2])
         assert drafted == np.argmax(z, -1).tolist()
-        state, steps = speculative.step(cfg, 0, drafts, params, state, np.ones(1, bool), np.False_)
+        state, steps = one_step(cfg, 0, drafts, state)
         text += np.asarray(steps.drawn.token)[: int(steps.count[0]), 0].tolist()
 
 
@@ -259,6 +266,7 @@ def test_served_texts_are_the_plain_ones(kind):
     assert (speculative.step._cache_size(), speculative.fill._cache_size()) == before
     assert got == answer(plain, requests)
     assert 0 < told["accepted_1"] < 1
+    assert answer(dataclasses.replace(made, burst=1), requests) == got
     ids, _ = got
     stopped = [
         dataclasses.replace(r, stop_ids=frozenset(ids[i][len(ids[i]) // 2 :][:1]))
@@ -287,6 +295,17 @@ def test_pace_takes_the_best_rate():
     assert after([1] * 4, [2, 2, 1, 2], [2, 2, 1, 2]) == 1  # first ones mostly, second ones never
     assert after([1] * 4, [1, 1, 1, 2], [1, 1, 1, 2]) == 1  # 1.25 tokens for 1.1
     assert after([1] * 8, [1] * 7 + [2], [1] * 7 + [2]) == 0  # 1.125 tokens for 1.1: not worth it
+
+
+def test_as_many_steps_as_fit_into_a_moment():
+    assert pace.burst(0.0) == pace.burst(2 * pace.MOMENT) == pace.burst(pace.MOMENT) == 1
+    assert pace.burst(pace.MOMENT / 2.5) == 2
+    assert pace.smooth(0.0, None) == 0.0 and pace.smooth(0.0, 3.0) == 3.0 == pace.smooth(3.0, None)
+    seconds = 1.0
+    for _ in range(40):
+        before, seconds = seconds, pace.smooth(seconds, 2.0)
+        assert before < seconds <= 2.0
+    assert seconds > 1.99
 
 
 def test_pace_measures_first_and_again():
