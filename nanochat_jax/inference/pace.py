@@ -8,15 +8,15 @@ decide about time only: a text does not depend on them, see inference/speculativ
 
 A step costs what lies between its tokens and those of the step before: with one under way while the other is
 read, that is less than a step that is waited for. So lengths are tried in turns of a few steps, where a busy
-moment of the machine meets all of them, dispatched as one where that is how they will be; of steps dispatched
-singly, what follows one of another length is not counted. The decision hopes: a_k counts one draft more than was seen as right. Who drafts too much soon
-sees it, but who has stopped sees nothing more.
+moment of the machine meets all of them, dispatched together where that is how they will be; what follows a step of
+another length is not counted if it is a single one. The decision hopes: a_k counts one draft more than was seen
+as right. Who drafts too much soon sees it, but who has stopped sees nothing more.
 """
 
 import statistics
 from typing import NamedTuple
 
-TURN = 4  # steps of one length after another while lengths are tried
+TURN = 4  # steps of one length after another while lengths are tried; most in a turn of the schedule
 RUNS = 6  # measured steps of each length; their median counts, so that a compilation among them does not
 GAIN = 1.1  # drafts must promise so many times the tokens of plain steps: less is within the spread of their times
 RENEW = 4096  # steps after which they are measured anew

@@ -46,7 +46,7 @@ class Engine:
     exit_quantile: float = 1.0  # see InferConfig
     draft_tokens: int = 0  # see InferConfig
     draft_loops: int = 0
-    burst: int = 8  # most steps in a turn
+    burst: int = pace.TURN  # most steps in a turn; with drafts so many tokens, foreseen or not
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,9 @@ def run(
             if reading is not None:
                 slots, reading = _read_piece(engine, table, slots, reading)
             drafts = 0 if seen is None else pace.wanted(seen, not read)
+            most = engine.burst // (drafts + 1)  # not more: what is drawn behind an answer's end is lost
             tried = seen is not None and pace.trying(seen)
-            burst = 1 if read else min(engine.burst, pace.TURN if tried else pace.burst(last.seconds))
+            burst = 1 if read or not most else most if tried else min(most, pace.burst(last.seconds))
             slots = _step_active(engine, table, slots, drafts, burst, read)
             worked = reading is not None or len(table.unread) > before
             while len(table.unread) > worked:
@@ -303,10 +304,8 @@ def _hand_out(
     # A single step that follows one of another length is over sooner or later than among its like.
     alike = last.drafts == oldest.drafts or oldest.count > 1
     each = (now - last.at) / len(steps) if last.at is not None and alike and not oldest.behind else None
-    heard = _Heard(now if oldest.count else None, oldest.drafts, last.seconds)
-    if oldest.count:
-        known = last.seconds if last.drafts == oldest.drafts else 0.0
-        heard = heard._replace(seconds=pace.smooth(known, each))
+    known = last.seconds if last.drafts == oldest.drafts else 0.0
+    heard = _Heard(now, oldest.drafts, pace.smooth(known, each)) if oldest.count else last._replace(at=None)
     if seen is not None and oldest.count:
         for i, (_, counts) in enumerate(steps):
             own = [int(counts[row]) for row, _, _ in oldest.rows]

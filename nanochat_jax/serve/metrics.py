@@ -14,7 +14,7 @@ KNOWN = {
     "rejected_total": ("counter", "Requests refused, by reason."),
     "unknown_fields_total": ("counter", "Fields of requests that nothing reads."),
     "ttft_seconds": ("histogram", "From a request to the first token of its answer."),
-    "inter_token_seconds": ("histogram", "Between two tokens of an answer."),
+    "inter_token_seconds": ("histogram", "Between two tokens of an answer; those of one turn come together."),
     "request_seconds": ("histogram", "From a request to the end of its answer."),
     "queue_seconds": ("histogram", "From a request to the slot that serves it."),
     "active_slots": ("gauge", "Slots that are answering."),

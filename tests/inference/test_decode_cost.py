@@ -11,7 +11,7 @@ import pytest
 from nanochat_jax import params as params_lib
 from nanochat_jax.config import BLOCKS, LoopConfig, MhcConfig, ModelConfig
 from nanochat_jax.inference import cache as caches
-from nanochat_jax.inference import engine
+from nanochat_jax.inference import engine, slots, speculative
 from nanochat_jax.model import block, transformer
 
 CFG = ModelConfig(vocab_size=64, dim=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp_dim=32)
@@ -29,6 +29,10 @@ KINDS = {
     ),
     "streams": (dataclasses.replace(CFG, mhc=MhcConfig(streams=2, form="permutation")), "all", None),
 }  # fmt: skip
+
+
+def _bytes(tree) -> int:
+    return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 FAST = [("plain", 1, 1), ("loops", 3, 1)]
@@ -57,11 +61,31 @@ def test_a_step_reads_the_cache_in_place(kind, rows, tokens):
 
     shape = (rows,) if tokens == 1 else (rows, tokens)
     compiled = step.lower(params, jax.ShapeDtypeStruct(shape, jnp.int32), cache).compile()
-    size = sum(np.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
+    size = _bytes(cache)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size, "the cache is not written in place"
     assert memory.temp_size_in_bytes < 0.25 * size
     assert compiled.cost_analysis()["bytes accessed"] < 1.5 * size
+
+
+@pytest.mark.parametrize(
+    ("kind", "drafts"), [("plain", 0), *(pytest.param(*c, marks=pytest.mark.slow) for c in (("modern", 0), ("loops", 2)))]
+)  # fmt: skip
+def test_a_turn_of_several_steps_does_too(kind, drafts):
+    cfg, rows, most = KINDS[kind][0], 3, 8
+    params = jax.eval_shape(
+        lambda key: params_lib.init_params(transformer.param_specs(cfg), key), jax.random.key(0)
+    )
+    words = jnp.int32(5), jnp.ones(rows, bool), jnp.bool_(False)
+    if drafts:
+        state = jax.eval_shape(lambda: speculative.allocate(cfg, rows, 2048, 1))
+        lowered = speculative.step.lower(cfg, 1, drafts, most, params, state, *words)
+    else:
+        state = jax.eval_shape(lambda: slots.allocate(cfg, rows, 2048))
+        lowered = slots.step.lower(cfg, most, params, state, *words)
+    memory, size = lowered.compile().memory_analysis(), _bytes(state)
+    assert memory.alias_size_in_bytes >= size, "the slots are not changed in place"
+    assert memory.temp_size_in_bytes < 0.25 * size
 
 
 @pytest.mark.parametrize("rows", [3, block.MANY_ROWS + 8])
