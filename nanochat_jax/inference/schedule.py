@@ -137,7 +137,7 @@ def warm_up(engine: Engine) -> State:
     slots = _admit(engine, allocate(engine), 0, Request((0,), 1))
     for size in pieces(engine):
         slots, _ = _fill(engine, slots, _Reading(0, 0, 0), (0,) * size)
-    for drafts in pace.start(engine.draft_tokens).lengths if engine.draft_tokens else (0,):
+    for drafts in (*(pace.start(engine.draft_tokens).lengths if engine.draft_tokens else ()), None):
         slots, drawn = _step(engine, slots, np.zeros(engine.slots, bool), False, drafts)
         jax.block_until_ready(drawn)
     return slots
@@ -188,7 +188,7 @@ def run(
             most = engine.burst // (drafts + 1)  # not more: what is drawn behind an answer's end is lost
             tried = seen is not None and pace.trying(seen)
             burst = 1 if read or not most else most if tried else min(most, pace.burst(last.seconds))
-            slots = _step_active(engine, table, slots, drafts, burst, read)
+            slots = _step_active(engine, table, slots, drafts, not tried, burst, read)
             worked = reading is not None or len(table.unread) > before
             while len(table.unread) > worked:
                 seen, last = _hand_out(table, observe, seen, last)
@@ -275,8 +275,11 @@ def _read_piece(engine: Engine, table: _Table, slots: State, at: _Reading) -> tu
     return slots, None
 
 
-def _step_active(engine: Engine, table: _Table, slots: State, drafts: int, burst: int, behind: bool) -> State:
-    """Add tokens to every row whose answer may have one more, by `burst` steps if any may have so many."""
+def _step_active(
+    engine: Engine, table: _Table, slots: State, drafts: int, stopped: bool, burst: int, behind: bool
+) -> State:
+    """Add tokens to every row whose answer may have one more, by `burst` steps if any may have so many. stopped:
+    nothing is drafted any more, or never was."""
     active = [
         (slot, slot, job) for slot, job in enumerate(table.jobs)
         if job is not None and 0 < table.draws[slot] < job.request.max_tokens
@@ -288,7 +291,8 @@ def _step_active(engine: Engine, table: _Table, slots: State, drafts: int, burst
     for _, slot, _ in active:
         mask[slot] = True
         table.draws[slot] += count
-    slots, drawn = _step(engine, slots, mask, any(job.request.top for _, _, job in active), drafts, count)
+    tops, kept = any(job.request.top for _, _, job in active), drafts or not stopped
+    slots, drawn = _step(engine, slots, mask, tops, drafts if kept else None, count)
     table.unread.append(_Drawing(drawn, active, count, drafts, behind))
     return slots
 
@@ -441,15 +445,18 @@ def _fill(engine: Engine, slots: State, at: _Reading, prompt: tuple[int, ...]) -
 
 
 def _step(
-    engine: Engine, slots: State, active: np.ndarray, tops: bool, drafts: int = 0, count: int = 1
+    engine: Engine, slots: State, active: np.ndarray, tops: bool, drafts: int | None = None, count: int = 1
 ) -> tuple[State, device.Drawn | speculative.Steps]:
+    """drafts: None = nothing is kept for drafting, either."""
     words = np.int32(count), active, np.bool_(tops)
-    if isinstance(slots, speculative.State):
+    if isinstance(slots, speculative.State) and drafts is not None:
         return speculative.step(
             engine.cfg, engine.draft_loops, drafts, engine.burst, engine.params, slots, *words
         )
     quantile = np.float32(engine.exit_quantile) if engine.exit_quantile < 1 else None
-    return device.step(engine.cfg, engine.burst, engine.params, slots, *words, quantile)
+    plain = slots.slots if isinstance(slots, speculative.State) else slots
+    plain, drawn = device.step(engine.cfg, engine.burst, engine.params, plain, *words, quantile)
+    return slots._replace(slots=plain) if isinstance(slots, speculative.State) else plain, drawn
 
 
 def _token(read: device.Drawn, row: int, top: int) -> Token:

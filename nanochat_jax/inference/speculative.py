@@ -13,6 +13,9 @@ least in (1 - TV) / (1 + TV) of all cases (Gumbel coupling, arXiv:2408.07978). T
 arXiv:2211.17192 meets in 1 - TV of them and has the same distribution, but a text that depends on the
 drafts, and hence on times and neighbours.
 
+Once drafting has ended (`pace`), steps are those of inference/slots.py, which keep nothing for it: rows that go on
+when lengths are tried again begin with poor drafts.
+
 Rows need not advance together. What the drafting layers keep of a position may stem from a draft that did
 not come true; therefore they read the last W positions anew in every step.
 """
