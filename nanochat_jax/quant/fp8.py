@@ -23,8 +23,8 @@ def scaled(v: jax.Array, limit: float, axis: int | None = None) -> tuple[jax.Arr
     top = jnp.max(jnp.abs(v), axis, keepdims=True)
     # A tiny array would make the scale subnormal, which is 0 on CPU.
     scale = jnp.where(top == 0, 1.0, jnp.maximum(top / limit, jnp.finfo(jnp.float32).tiny))
-    # An array as divisor: XLA on CPU multiplies by the rounded reciprocal of a scalar.
-    return v / jnp.broadcast_to(scale, v.shape), scale
+    # A divisor that is no broadcast scalar: XLA on CPU multiplies by the rounded reciprocal of one.
+    return v / jnp.where(jnp.isnan(v), v, scale), scale
 
 
 def quantize(v: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
