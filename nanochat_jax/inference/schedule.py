@@ -184,11 +184,12 @@ def run(
             before, read = len(table.unread), reading is not None
             if reading is not None:
                 slots, reading = _read_piece(engine, table, slots, reading)
-            drafts = 0 if seen is None else pace.wanted(seen, not read)
-            most = engine.burst // (drafts + 1)  # not more: what is drawn behind an answer's end is lost
+            drafts = None if seen is None else pace.wanted(seen, not read)
+            most = max(1, engine.burst // ((drafts or 0) + 1))  # what is drawn behind an answer's end is lost
             tried = seen is not None and pace.trying(seen)
-            burst = 1 if read or not most else most if tried else min(most, pace.burst(last.seconds))
-            slots = _step_active(engine, table, slots, drafts, not tried, burst, read)
+            drafts = drafts if drafts or tried else None
+            burst = 1 if read else most if tried else min(most, pace.burst(last.seconds))
+            slots = _step_active(engine, table, slots, drafts, burst, read)
             worked = reading is not None or len(table.unread) > before
             while len(table.unread) > worked:
                 seen, last = _hand_out(table, observe, seen, last)
@@ -276,10 +277,9 @@ def _read_piece(engine: Engine, table: _Table, slots: State, at: _Reading) -> tu
 
 
 def _step_active(
-    engine: Engine, table: _Table, slots: State, drafts: int, stopped: bool, burst: int, behind: bool
+    engine: Engine, table: _Table, slots: State, drafts: int | None, burst: int, behind: bool
 ) -> State:
-    """Add tokens to every row whose answer may have one more, by `burst` steps if any may have so many. stopped:
-    nothing is drafted any more, or never was."""
+    """Add tokens to every row whose answer may have one more, by `burst` steps if any may have so many."""
     active = [
         (slot, slot, job) for slot, job in enumerate(table.jobs)
         if job is not None and 0 < table.draws[slot] < job.request.max_tokens
@@ -291,9 +291,8 @@ def _step_active(
     for _, slot, _ in active:
         mask[slot] = True
         table.draws[slot] += count
-    tops, kept = any(job.request.top for _, _, job in active), drafts or not stopped
-    slots, drawn = _step(engine, slots, mask, tops, drafts if kept else None, count)
-    table.unread.append(_Drawing(drawn, active, count, drafts, behind))
+    slots, drawn = _step(engine, slots, mask, any(job.request.top for _, _, job in active), drafts, count)
+    table.unread.append(_Drawing(drawn, active, count, drafts or 0, behind))
     return slots
 
 
@@ -449,14 +448,15 @@ def _step(
 ) -> tuple[State, device.Drawn | speculative.Steps]:
     """drafts: None = nothing is kept for drafting, either."""
     words = np.int32(count), active, np.bool_(tops)
-    if isinstance(slots, speculative.State) and drafts is not None:
-        return speculative.step(
-            engine.cfg, engine.draft_loops, drafts, engine.burst, engine.params, slots, *words
-        )
+    if isinstance(slots, speculative.State):
+        if drafts is not None:
+            return speculative.step(
+                engine.cfg, engine.draft_loops, drafts, engine.burst, engine.params, slots, *words
+            )
+        plain, drawn = device.step(engine.cfg, engine.burst, engine.params, slots.slots, *words)
+        return slots._replace(slots=plain), drawn
     quantile = np.float32(engine.exit_quantile) if engine.exit_quantile < 1 else None
-    plain = slots.slots if isinstance(slots, speculative.State) else slots
-    plain, drawn = device.step(engine.cfg, engine.burst, engine.params, plain, *words, quantile)
-    return slots._replace(slots=plain) if isinstance(slots, speculative.State) else plain, drawn
+    return device.step(engine.cfg, engine.burst, engine.params, slots, *words, quantile)
 
 
 def _token(read: device.Drawn, row: int, top: int) -> Token:

@@ -163,8 +163,7 @@ def step(
     Returns: (state, of each step 1 to drafts + 1 tokens for every active row, none for others), fields of the
     latter with an axis [most, ..] before; what is behind `count` is meaningless.
     """
-    one = functools.partial(add, cfg, loops, drafts)
-    return slots.repeat(lambda state: one(params, state, active_B, tops), state, count, most)
+    return slots.repeat(lambda s: add(cfg, loops, drafts, params, s, active_B, tops), state, count, most)
 
 
 def add(

@@ -31,6 +31,12 @@ KINDS = {
 }  # fmt: skip
 
 
+def _params(cfg):
+    """Shapes of the parameters."""
+    specs = transformer.param_specs(cfg)
+    return jax.eval_shape(lambda key: params_lib.init_params(specs, key), jax.random.key(0))
+
+
 def _bytes(tree) -> int:
     return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
@@ -48,9 +54,6 @@ ALL = [
 )
 def test_a_step_reads_the_cache_in_place(kind, rows, tokens):
     cfg, loops, quantile = KINDS[kind]
-    params = jax.eval_shape(
-        lambda key: params_lib.init_params(transformer.param_specs(cfg), key), jax.random.key(0)
-    )
     cache = jax.eval_shape(lambda: caches.allocate(cfg, rows, 2048, loops))
 
     @functools.partial(jax.jit, donate_argnums=2)
@@ -60,7 +63,7 @@ def test_a_step_reads_the_cache_in_place(kind, rows, tokens):
         return engine.extend(cfg, params, given, jnp.full((rows,), tokens), cache)
 
     shape = (rows,) if tokens == 1 else (rows, tokens)
-    compiled = step.lower(params, jax.ShapeDtypeStruct(shape, jnp.int32), cache).compile()
+    compiled = step.lower(_params(cfg), jax.ShapeDtypeStruct(shape, jnp.int32), cache).compile()
     size = _bytes(cache)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size, "the cache is not written in place"
@@ -73,16 +76,13 @@ def test_a_step_reads_the_cache_in_place(kind, rows, tokens):
 )  # fmt: skip
 def test_a_turn_of_several_steps_does_too(kind, drafts):
     cfg, rows, most = KINDS[kind][0], 3, 8
-    params = jax.eval_shape(
-        lambda key: params_lib.init_params(transformer.param_specs(cfg), key), jax.random.key(0)
-    )
     words = jnp.int32(5), jnp.ones(rows, bool), jnp.bool_(False)
     if drafts:
         state = jax.eval_shape(lambda: speculative.allocate(cfg, rows, 2048, 1))
-        lowered = speculative.step.lower(cfg, 1, drafts, most, params, state, *words)
+        lowered = speculative.step.lower(cfg, 1, drafts, most, _params(cfg), state, *words)
     else:
         state = jax.eval_shape(lambda: slots.allocate(cfg, rows, 2048))
-        lowered = slots.step.lower(cfg, most, params, state, *words)
+        lowered = slots.step.lower(cfg, most, _params(cfg), state, *words)
     memory, size = lowered.compile().memory_analysis(), _bytes(state)
     assert memory.alias_size_in_bytes >= size, "the slots are not changed in place"
     assert memory.temp_size_in_bytes < 0.25 * size
