@@ -1,12 +1,16 @@
 """Pallas kernels of the packed ternary product, in the subset that lowers through Triton and also
 runs in interpret mode (explicit compiler_params: without them jax 0.10 picks another backend).
 
-`gemv` multiplies and adds on the plain cores, a few rows against every byte it unpacks; `gemm` feeds
-64 unpacked weights of 16 or more rows to the tensor cores. Either cuts the inputs into `split_k`
-parts, summed afterwards in a fixed order, so that few rows still fill the device and results repeat.
+What limits few rows is how many instructions a weight costs, not only its two bits: an H200 reads
+four weights a byte faster than it could take them apart one by one. So weights are taken apart as
+words of 32 bits. `gemv` masks 16 codes out of a word and multiplies four at a time with four
+activations (dp4a): about 0.6 instructions a weight. `gemm` turns words into the operands of tensor
+cores, int8 or bfloat16, without a conversion: about 0.8 and 2. Both multiply with codes, t + 1, and
+take the sum of the activations off again. Either cuts the inputs into `split_k` parts, summed
+afterwards in a fixed order, so that few rows still fill the device and results repeat.
 
-Not yet measured on a GPU: the kernels are checked in interpret mode and by lowering for CUDA.
-Layout of the codes: `kernels.ternary`.
+Not yet measured on a GPU: checked in interpret mode, and compiled for cards without one; the counts
+are of the machine code (experiments/kernels). Layout of the codes: `kernels.ternary`.
 """
 
 import functools
@@ -16,12 +20,16 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.triton as plt
 import jax.numpy as jnp
 
-from nanochat_jax.kernels import tuning
+from nanochat_jax.kernels import triton, tuning
 from nanochat_jax.kernels.tuning import Blocks
 
 GROUP, PLANE = 256, 64  # as in kernels.ternary
-GEMV_ROWS = 16  # rows whose sums still fit in registers
+WORD = 16  # codes of a word
+GEMV_ROWS = 2  # rows whose four sums per output still fit in registers
 MIN_OUTPUTS = 16  # the least width of a tensor core's tile
+# A code in the lowest bits of bfloat16's exponent is code * 2^-126; activations come times RAISED, so that
+# their products stay within float32's range.
+RAISED, LOWERED = 2.0**64, 2.0**62
 
 
 def dot(
@@ -31,12 +39,12 @@ def dot(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The product as in `ternary.ternary_dot`, of x [M, K].
+    """The product as in `ternary.ternary_dot`, of x [M, K]; floating x below 2^63.
 
     Args: blocks: tile sizes; None looks them up in the table. interpret: run the kernel's code without
     compiling it.
     Raises: NotImplementedError for outputs that are no multiple of 16, groups of inputs that cut planes
-    of 64, more rows than a gemv takes, or float32 activations (too few bits are left on tensor cores).
+    of 64, and what a gemv does not take: more than 2 rows, other activations than int8, scales of groups.
     """
     M, K = x_MK.shape
     N, depth = codes.shape[0], codes.shape[1] * 4
@@ -44,23 +52,33 @@ def dot(
         raise NotImplementedError(f"{N} outputs are no multiple of {MIN_OUTPUTS}")
     if scale is not None and (K // scale.shape[0]) % PLANE:
         raise NotImplementedError(f"groups of {K // scale.shape[0]} inputs are no multiple of {PLANE}")
-    b = tuning.blocks(x_MK.dtype, M, N, K) if blocks is None else blocks
-    if b.form == "gemv" and M > GEMV_ROWS:
-        raise NotImplementedError(f"a gemv takes at most {GEMV_ROWS} rows, got {M}")
-    if b.form == "gemm" and x_MK.dtype == jnp.float32:
-        raise NotImplementedError("tensor cores need int8 or bfloat16 activations, got float32")
+    if x_MK.dtype == jnp.float32:
+        parts = jnp.concatenate(_bfloat16_parts(x_MK))
+        return jnp.sum(dot(parts, codes, scale, blocks, interpret).reshape(3, M, N), axis=0)
+    b = tuning.blocks(x_MK.dtype, M, N, K, grouped=scale is not None) if blocks is None else blocks
+    if b.form == "gemv" and (M > GEMV_ROWS or x_MK.dtype != jnp.int8 or scale is not None):
+        got = f"{M} of {x_MK.dtype}" + ("" if scale is None else ", scales of groups")
+        raise NotImplementedError(f"a gemv takes at most {GEMV_ROWS} rows of int8 and one scale, got {got}")
     rows = M if b.form == "gemv" else -(-M // b.bm) * b.bm
     x = jnp.pad(x_MK, [(0, rows - M), (0, depth - K)])  # padding meets weights of zero
-    planes_per_scale = 0
-    if scale is not None:
-        planes_per_scale = K // scale.shape[0] // PLANE
-        count = -(-(depth // PLANE) // planes_per_scale)
-        scale = jnp.pad(scale, [(0, count - scale.shape[0]), (0, 0)])
-    y = _call(x, codes, scale, _fit(b, N, depth // GROUP), planes_per_scale, interpret)[:M]
-    if scale is None and x_MK.dtype == jnp.int8:
-        # The kernel multiplied with codes, t + 1: take the row sums off again, exactly.
-        y = y - jnp.sum(x_MK, -1, keepdims=True, dtype=jnp.int32)
+    b = _fit(b, N, depth // GROUP)
+    if b.form == "gemv":
+        y = _gemv_call(x, codes, b, interpret)
+    else:
+        y = _gemm_call(x, codes, scale, b, K, interpret)[:M]
+    if scale is None:  # off again what codes, t + 1, have added
+        y = y - jnp.sum(x_MK, -1, keepdims=True, dtype=y.dtype)
     return y.astype(jnp.float32)
+
+
+def _bfloat16_parts(x: jax.Array) -> list[jax.Array]:
+    """Three bfloat16 arrays whose sum is x, float32."""
+    parts = []
+    for _ in range(3):
+        # The compiler may otherwise take a rounding there and back for nothing.
+        parts.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - parts[-1]
+    return [part.astype(jnp.bfloat16) for part in parts]
 
 
 def _fit(b: Blocks, outputs: int, groups: int) -> Blocks:
@@ -71,94 +89,148 @@ def _fit(b: Blocks, outputs: int, groups: int) -> Blocks:
     return b._replace(bn=width, split_k=min(b.split_k, groups))
 
 
-def _call(x, codes, scale, b: Blocks, planes_per_scale: int, interpret: bool) -> jax.Array:
+def _bounds(steps: int, parts: int) -> tuple[jax.Array, jax.Array]:
+    """First and last step of this program, whose part is the grid's last axis."""
+    each = -(-steps // parts)
+    first = pl.program_id(2) * each
+    return first, jnp.minimum(first + each, steps)
+
+
+# --- a few rows
+
+
+def _gemv_call(x, codes, b: Blocks, interpret: bool) -> jax.Array:
     (M, depth), N = x.shape, codes.shape[0]
-    groups, bm = depth // GROUP, M if b.form == "gemv" else b.bm
-    kernel = functools.partial(
-        _gemv if b.form == "gemv" else _gemm,
-        groups=groups,
-        per_part=-(-groups // b.split_k),
-        planes_per_scale=planes_per_scale,
-    )
-    operands = (x, codes) if scale is None else (x, codes, scale)
-    specs = [
-        pl.BlockSpec((bm, depth), lambda i, j, s: (i, 0)),
-        pl.BlockSpec((b.bn, depth // 4), lambda i, j, s: (j, 0)),
-        *([] if scale is None else [pl.BlockSpec((scale.shape[0], b.bn), lambda i, j, s: (0, j))]),
-    ]
-    parts = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((b.split_k, M, N), _sum_dtype(x.dtype, scale)),
-        grid=(M // bm, N // b.bn, b.split_k),
-        in_specs=specs,
-        out_specs=pl.BlockSpec((None, bm, b.bn), lambda i, j, s: (s, i, j)),
+    groups = depth // GROUP
+    # Words of activations by planes, as the codes' words meet them: [M, 4, K / 16].
+    x = jax.lax.bitcast_convert_type(x.reshape(M, groups, 4, WORD, 4), jnp.int32)
+    x = x.swapaxes(1, 2).reshape(M, 4, groups * WORD)
+    codes = jax.lax.bitcast_convert_type(codes.reshape(N, groups * WORD, 4), jnp.int32)
+    words = triton.tile(groups, b.bm // WORD) * WORD
+    steps = groups * WORD // words
+    parts = min(b.split_k, steps)
+    made = pl.pallas_call(
+        functools.partial(_gemv, words=words, steps=steps, parts=parts, interpret=interpret),
+        out_shape=jax.ShapeDtypeStruct((parts, M, N), jnp.int32),
+        grid=(1, N // b.bn, parts),
+        in_specs=[
+            pl.BlockSpec((M, 4, groups * WORD), lambda i, j, s: (0, 0, 0)),
+            pl.BlockSpec((b.bn, groups * WORD), lambda i, j, s: (j, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, M, b.bn), lambda i, j, s: (s, 0, j)),
         compiler_params=plt.CompilerParams(num_warps=b.num_warps, num_stages=b.num_stages),
         interpret=interpret,
-    )(*operands)
-    return parts[0] if b.split_k == 1 else jnp.sum(parts, axis=0)
+    )(x, codes)
+    return made[0] if parts == 1 else jnp.sum(made, axis=0)
 
 
-def _sum_dtype(dtype, scale):
-    return jnp.int32 if dtype == jnp.int8 and scale is None else jnp.float32
+def _gemv(x_ref, codes_ref, out_ref, *, words: int, steps: int, parts: int, interpret: bool):
+    """bn outputs of one part of the inputs; each word is masked once for all rows."""
+    rows, outputs = out_ref.shape
+
+    def step(i, totals):
+        here = pl.ds(i * words, words)
+        packed, totals = codes_ref[:, here], list(totals)
+        for j in range(4):
+            four = packed & (MASK << 2 * j if j < 3 else (MASK << 6) - (1 << 32))  # codes times 4^j
+            for m in range(rows):
+                x = jnp.broadcast_to(x_ref[m, j, here][None], four.shape)
+                totals[4 * m + j] = triton.dot4(four, x, totals[4 * m + j], interpret)
+        return tuple(totals)
+
+    zero = jnp.zeros((outputs, words), jnp.int32)
+    totals = jax.lax.fori_loop(*_bounds(steps, parts), step, (zero,) * (4 * rows))
+    for m in range(rows):
+        out_ref[m, :] = jnp.sum(sum(totals[4 * m + j] >> 2 * j for j in range(4)), axis=1)
 
 
-def _bounds(groups: int, per_part: int) -> tuple[jax.Array, jax.Array]:
-    """First and last group of inputs of this program."""
-    first = pl.program_id(2) * per_part
-    return first, jnp.minimum(first + per_part, groups)
+# --- tensor cores
 
 
-def _gemm(x_ref, codes_ref, *refs, groups: int, per_part: int, planes_per_scale: int):
+def _gemm_call(x, codes, scale, b: Blocks, inputs: int, interpret: bool) -> jax.Array:
+    (M, depth), N = x.shape, codes.shape[0]
+    integers = x.dtype == jnp.int8
+    operands = [x if integers else x * RAISED, codes]
+    specs = [
+        pl.BlockSpec((b.bm, depth), lambda i, j, s: (i, 0)),
+        pl.BlockSpec((b.bn, depth // 4), lambda i, j, s: (j, 0)),
+    ]
+    planes_per_scale = 0
+    if scale is not None:
+        planes_per_scale = inputs // scale.shape[0] // PLANE
+        count = -(-(depth // PLANE) // planes_per_scale)
+        sums = jnp.sum(x.reshape(M, -1, PLANE), -1, dtype=jnp.int32 if integers else jnp.float32)
+        scale = jnp.pad(scale, [(0, count - scale.shape[0]), (0, 0)])
+        operands += [sums, scale] if integers else [sums / LOWERED, scale * LOWERED]
+        specs += [
+            pl.BlockSpec((b.bm, depth // PLANE), lambda i, j, s: (i, 0)),
+            pl.BlockSpec((count, b.bn), lambda i, j, s: (0, j)),
+        ]
+    dtype = jnp.int32 if integers and scale is None else jnp.float32
+    made = pl.pallas_call(
+        functools.partial(
+            _gemm, groups=depth // GROUP, parts=b.split_k, planes_per_scale=planes_per_scale, interpret=interpret
+        ),
+        out_shape=jax.ShapeDtypeStruct((b.split_k, M, N), dtype),
+        grid=(M // b.bm, N // b.bn, b.split_k),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((None, b.bm, b.bn), lambda i, j, s: (s, i, j)),
+        compiler_params=plt.CompilerParams(num_warps=b.num_warps, num_stages=b.num_stages),
+        interpret=interpret,
+    )(*operands)  # fmt: skip
+    y = made[0] if b.split_k == 1 else jnp.sum(made, axis=0)
+    return y if integers or scale is not None else y * LOWERED
+
+
+def _gemm(x_ref, codes_ref, *refs, groups: int, parts: int, planes_per_scale: int, interpret: bool):
     """One tile [bm, bn] of one part of the inputs."""
-    scale_ref, out_ref = refs if planes_per_scale else (None, refs[0])
-    integers = x_ref.dtype == jnp.int8
+    (sums_ref, scale_ref), out_ref = refs[:-1] or (None, None), refs[-1]
+    sum_dtype = jnp.int32 if x_ref.dtype == jnp.int8 else jnp.float32
 
     def step(i, total):
         packed = codes_ref[:, pl.ds(i * PLANE, PLANE)]
         for j in range(4):
             x = x_ref[:, pl.ds(i * GROUP + j * PLANE, PLANE)]
-            code = (packed >> (2 * j)) & 3
-            if integers:
-                w = code.astype(jnp.int8) if scale_ref is None else code.astype(jnp.int8) - 1
-            else:
-                # 0x4300 is 128 in bfloat16, whose last two bits count ones: 128 + code, exactly.
-                w = jax.lax.bitcast_convert_type(code.astype(jnp.uint16) | 0x4300, jnp.bfloat16) - 129
+            codes = _operand(packed, j, x.dtype, interpret)
             product = jax.lax.dot_general(
-                x, w, (((1,), (1,)), ((), ())),
-                preferred_element_type=jnp.int32 if integers else jnp.float32,
-            )  # fmt: skip
+                x, codes, (((1,), (1,)), ((), ())), preferred_element_type=sum_dtype
+            )
             if scale_ref is not None:
-                which = jax.lax.div(i * 4 + j, planes_per_scale)
-                product = product.astype(jnp.float32) * scale_ref[pl.ds(which, 1), :]
+                plane = i * 4 + j
+                product = (product - sums_ref[:, pl.ds(plane, 1)]).astype(jnp.float32)
+                product *= scale_ref[pl.ds(jax.lax.div(plane, planes_per_scale), 1), :]
             total = total + product
         return total
 
-    out_ref[...] = jax.lax.fori_loop(
-        *_bounds(groups, per_part), step, jnp.zeros(out_ref.shape, out_ref.dtype)
+    out_ref[...] = jax.lax.fori_loop(*_bounds(groups, parts), step, jnp.zeros(out_ref.shape, out_ref.dtype))
+
+
+MASK = 0x03030303  # the lowest code of each byte of a word
+
+
+def _operand(packed: jax.Array, j: int, dtype, interpret: bool) -> jax.Array:
+    """The codes of plane j of bytes: int8, or bfloat16 times 2^-126; of packed's shape.
+
+    Four bytes are taken apart at a time, in a word: as int8 by a shift and a mask, as bfloat16 by spreading
+    them over two words first, whose codes are then shifted to the lowest bits of the exponents.
+    """
+    if interpret:
+        codes = (packed >> (2 * j)) & 3
+        if dtype == jnp.int8:
+            return codes.astype(jnp.int8)
+        return jax.lax.bitcast_convert_type(codes.astype(jnp.uint16) << 7, dtype)
+    if dtype == jnp.int8:
+        lines = [f"shr.b32 $0, $1, {2 * j};", f"and.b32 $0, $0, {MASK};"]
+    else:
+        lines = [".reg .b32 two;"]
+        for half, bytes_ in ((0, 0x4140), (1, 0x4342)):
+            lines.append(f"prmt.b32 two, $2, 0, {bytes_}; shl.b32 two, two, {7 - 2 * j};")
+            lines.append(f"and.b32 ${half}, two, 0x01800180;")
+    (made,) = plt.elementwise_inline_asm(
+        "{ " + " ".join(lines) + " }",
+        args=[packed],
+        constraints="=&r,r" if dtype == jnp.int8 else "=&r,=&r,r",
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(packed.shape, dtype)],
     )
-
-
-def _gemv(x_ref, codes_ref, *refs, groups: int, per_part: int, planes_per_scale: int):
-    """A few rows times bn outputs of one part of the inputs; each byte is unpacked once for all rows."""
-    scale_ref, out_ref = refs if planes_per_scale else (None, refs[0])
-    rows, outputs = out_ref.shape
-    centered = scale_ref is not None or x_ref.dtype != jnp.int8
-    dtype = out_ref.dtype
-
-    def step(i, totals):
-        packed = codes_ref[:, pl.ds(i * PLANE, PLANE)]
-        for j in range(4):
-            w = ((packed >> (2 * j)) & 3).astype(dtype)
-            w = w - 1 if centered else w
-            if scale_ref is not None:
-                w = w * scale_ref[jax.lax.div(i * 4 + j, planes_per_scale), :][:, None]
-            totals = tuple(
-                total + w * x_ref[m, pl.ds(i * GROUP + j * PLANE, PLANE)].astype(dtype)[None]
-                for m, total in enumerate(totals)
-            )
-        return totals
-
-    zero = jnp.zeros((outputs, PLANE), dtype)
-    totals = jax.lax.fori_loop(*_bounds(groups, per_part), step, (zero,) * rows)
-    for m, total in enumerate(totals):
-        out_ref[m, :] = jnp.sum(total, axis=1)
+    return made

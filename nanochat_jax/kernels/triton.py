@@ -27,6 +27,19 @@ def divide(a: jax.Array, b: jax.Array, interpret: bool) -> jax.Array:
     return quotient
 
 
+def dot4(a: jax.Array, b: jax.Array, total: jax.Array, interpret: bool) -> jax.Array:
+    """total + a . b over the four bytes of each word: unsigned ones of a, signed ones of b; all int32, one shape."""
+    if interpret:
+        for shift in range(0, 32, 8):
+            total = total + (a >> shift & 255) * (b << 24 - shift >> 24)
+        return total
+    (sums,) = plt.elementwise_inline_asm(
+        "dp4a.u32.s32 $0, $1, $2, $3;", args=[a, b, total], constraints="=r,r,r,r", pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.int32)],
+    )  # fmt: skip
+    return sums
+
+
 def along(blocks: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """[m, n / b] -> [m, n]: each entry repeated for the b neighbours of its block."""
     repeated = jnp.broadcast_to(blocks[:, :, None], (*blocks.shape, shape[1] // blocks.shape[1]))

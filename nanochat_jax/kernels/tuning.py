@@ -16,12 +16,14 @@ from nanochat_jax import files
 
 TABLE = Path(__file__).with_name("tuned.json")
 BUCKETS = (1, 4, 16, 64, 256)  # greatest number of rows of each bucket but the last
+SHARED = 99 * 1024  # bytes of memory that a program may share, on the smallest card of today
 PROGRAMS = 264  # programs that keep the largest card of today (132 multiprocessors) busy
 
 
 class Blocks(NamedTuple):
-    """How a product is cut. form: "gemv" (at most 16 rows) or "gemm"; bm, bn: rows and outputs of a
-    tile, powers of two, at least 16 (bm is unused by a gemv); split_k: parts of the inputs."""
+    """How a product is cut. form: "gemv" (at most 2 rows of int8, one scale) or "gemm"; bm, bn: rows and
+    outputs of a tile, powers of two, at least 16; of a gemv, bm: words of 16 codes of an output in a step;
+    split_k: parts of the inputs."""
 
     form: str
     bm: int
@@ -58,43 +60,48 @@ def entry(dtype: Any, rows: int, outputs: int, inputs: int) -> dict[str, Any] | 
     return table().get(key(kind, dtype, rows, outputs, inputs))
 
 
-def blocks(dtype: Any, rows: int, outputs: int, inputs: int) -> Blocks:
-    """Tile sizes from the table, else constants."""
-    found = entry(dtype, rows, outputs, inputs)
+def blocks(dtype: Any, rows: int, outputs: int, inputs: int, grouped: bool = False) -> Blocks:
+    """Tile sizes from the table, else constants. grouped: weights have scales of groups, which were not measured."""
+    found = None if grouped else entry(dtype, rows, outputs, inputs)
     if found is None or "blocks" not in found:
-        return constants(dtype, rows, outputs, inputs)
+        return constants(dtype, rows, outputs, inputs, grouped)
     return Blocks(**found["blocks"])
 
 
-def constants(dtype: Any, rows: int, outputs: int, inputs: int) -> Blocks:
-    """Tile sizes from arithmetic: enough programs to fill a device, tiles that fit its registers.
+def constants(dtype: Any, rows: int, outputs: int, inputs: int, grouped: bool = False) -> Blocks:
+    """Tile sizes from arithmetic: enough programs to fill a device, tiles that fit its registers and memory.
 
     Not yet measured on a GPU.
     """
-    if rows <= 4 or (rows <= 16 and dtype == jnp.float32):
-        form, bm, bn, warps = "gemv", 16, 16, 4
+    if rows <= 2 and dtype == jnp.int8 and not grouped:
+        form, bm, bn, tiles = "gemv", 64, 16, outputs // 16
     else:
-        bm = next((m for m in (16, 32, 64) if rows <= m), 128)
-        form, bn, warps = "gemm", 32 if bm <= 32 else 64, 4
-    tiles = max(1, -(-rows // bm) * (outputs // bn))
+        bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        form, bn = "gemm", 128 if rows > 64 or outputs >= 8192 else 64
+        tiles = -(-rows // bm) * (outputs // bn)
     split = 1
     while split < 8 and tiles * split < PROGRAMS and split * 2 <= inputs // 256:
         split *= 2
-    return Blocks(form, bm, bn, split, warps, 4)
+    return Blocks(form, bm, bn, split, 4, _stages(dtype, bm, bn))
+
+
+def _stages(dtype: Any, bm: int, bn: int) -> int:
+    """Steps whose operands are on their way at once, as many as SHARED holds, 2 to 4."""
+    step = 256 * bm * jnp.dtype(dtype).itemsize + 64 * bn
+    return max(2, min(4, SHARED // step))
 
 
 def candidates(dtype: Any, rows: int) -> list[Blocks]:
     """The tile sizes that a search tries: at most 40."""
     gemv = [
-        Blocks("gemv", 16, bn, s, w, 4)
-        for bn in (16, 32) for s in (1, 4, 8) for w in (2, 4)
-        if rows <= 16
+        Blocks("gemv", bm, bn, s, w, 1)
+        for bm in (32, 64) for bn in (16, 32) for s in (1, 4) for w in (2, 4)
+        if rows <= 2 and dtype == jnp.int8
     ]  # fmt: skip
     gemm = [
-        Blocks("gemm", bm, bn, s, w, stages)
-        for bm in ((16,) if rows <= 16 else (64, 128)) for bn in (32, 64) for s in (1, 4)
-        for w in (4, 8) for stages in (3, 4)
-        if dtype != jnp.float32
+        Blocks("gemm", bm, bn, s, 4, stages)
+        for bm in ((16,) if rows <= 16 else (64,)) for bn in (32, 64, 128) for s in (1, 2, 4)
+        for stages in sorted({2, _stages(dtype, bm, bn)})
     ]  # fmt: skip
     return gemv + gemm
 
