@@ -8,7 +8,7 @@ Changing the layout means changing mesh sizes, or RULES.
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,13 +34,13 @@ RULES: Rules = {
 }
 
 
-def mesh(cfg: MeshConfig) -> Mesh:
-    """The device mesh of a config.
+def mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The device mesh of a config, over jax's devices or those given.
 
     Raises: ValueError if there are fewer devices than the sizes ask for, or, with several processes, more.
     """
     shape = tuple(getattr(cfg, axis) for axis in AXES)
-    needed, devices = int(np.prod(shape)), jax.devices()
+    needed, devices = int(np.prod(shape)), list(devices or jax.devices())
     if needed > len(devices):
         raise ValueError(
             f"mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices, but there are "

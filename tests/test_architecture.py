@@ -19,7 +19,7 @@ ROOT = REPOSITORY / "nanochat_jax"
 BASE = {"types", "files", "blocks", "validation", "config", "params", "tokenizer", "processes", "chat"}
 TOWER = ("kernels", "quant", "model", "losses")
 BESIDE = {"optim", "parallel", "data", "checkpoint", "telemetry"}
-OPTIM_KERNELS = {"int8", "symmetric"}
+OPTIM_KERNELS = {"dispatch", "int8", "symmetric"}
 NO_TOKENIZER = BASE - {"tokenizer", "chat"}
 # Room -> rooms it may import, beside itself. `__main__` files and cli may import anything.
 RULES: dict[str, set[str]] = {

@@ -17,6 +17,7 @@ FLAGS = {
     "report": cli.Flag(False, "ablate: train nothing, only write the report"),
     "peer_python": cli.Flag("", "inference: interpreter with torch and transformers to compare with"),
     "tokens": cli.Flag(64, "inference: tokens of each answer"),
+    "card": cli.Flag("", "kernels: compile them for a card that is not here, e.g. h200; nothing is run"),
     "write": cli.Flag(False, "kernels: search tile sizes and store them in the table"),
 }
 # kind -> does it need --config

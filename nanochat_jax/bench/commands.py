@@ -9,6 +9,7 @@ import jax
 
 from nanochat_jax.bench import ablate as ablation
 from nanochat_jax.bench import ablate_report as report
+from nanochat_jax.bench import away as elsewhere
 from nanochat_jax.bench import data as loaders
 from nanochat_jax.bench import inference as answers
 from nanochat_jax.bench import kernels as products
@@ -40,7 +41,10 @@ def telemetry(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
 
 
 def kernels(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
-    """Correctness and speed of every kernel. Flags: write."""
+    """Correctness and speed of every kernel, or whether they compile for another card. Flags: write, card."""
+    if flags.card:
+        record = elsewhere.away(flags.card)
+        return record, elsewhere.table(record)
     record = products.kernels(flags.write)
     return record, products.table(record)
 

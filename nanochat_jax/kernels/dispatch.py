@@ -6,13 +6,15 @@ several implementations give the same bits, `fastest` times them once per proces
 `probe` asks once per process whether something works here at all, in a child that may crash or hang.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,10 +67,27 @@ def _best_time(function: Callable[..., Any], concrete: tuple, runs: int) -> floa
     return best
 
 
-@functools.cache
+_AIM: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("aim", default=())
+
+
+@contextlib.contextmanager
+def aimed_at(devices: Sequence[Any]) -> Iterator[None]:
+    """Programs traced within are for these devices, which are not here (see `kernels.card`)."""
+    token = _AIM.set(tuple(devices))
+    try:
+        yield
+    finally:
+        _AIM.reset(token)
+
+
+def devices() -> list[Any]:
+    """The devices that programs are traced for: all of them, the default one first."""
+    return list(_AIM.get() or jax.devices())
+
+
 def backend() -> str:
     """Platform of the default device: cpu, gpu or tpu."""
-    return jax.default_backend()
+    return _AIM.get()[0].platform if _AIM.get() else jax.default_backend()
 
 
 def _mesh_kinds() -> set[jax.sharding.AxisType]:
@@ -83,7 +102,7 @@ def whole() -> bool:
     True on one device, and inside a `jax.shard_map` over all axes of its mesh. Elsewhere a kernel is an
     opaque call to the compiler, which would gather its operands.
     """
-    return jax.device_count() == 1 or _mesh_kinds() == {jax.sharding.AxisType.Manual}
+    return len(devices()) == 1 or _mesh_kinds() == {jax.sharding.AxisType.Manual}
 
 
 def divided() -> bool:
@@ -124,9 +143,14 @@ def refuse(check: str, placed: bool = False) -> None:
     """
     need_gpu()
     if not (whole() or (placed and not _mesh_kinds())):
-        raise NotImplementedError(f"arrays may be split over {jax.device_count()} devices")
-    if reason := probe(check):
+        raise NotImplementedError(f"arrays may be split over {len(devices())} devices")
+    if reason := verdict(check):
         raise NotImplementedError(reason)
+
+
+def verdict(check: str) -> str:
+    """Of `probe`; that it passes, of devices that are not here."""
+    return "" if _AIM.get() else probe(check)
 
 
 _CHILD = """

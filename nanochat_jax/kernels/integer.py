@@ -26,7 +26,7 @@ def _int8(q: jax.Array, t: jax.Array, transposed: bool = False) -> jax.Array:
         sizes = (math.prod(q.shape[:-1]), *t.shape[-2:])
         if any(size % MULTIPLE for size in sizes):
             raise NotImplementedError(f"sizes {sizes} are no multiples of {MULTIPLE}")
-        if reason := dispatch.probe("nanochat_jax.kernels.integer:check_on_device"):
+        if reason := dispatch.verdict("nanochat_jax.kernels.integer:check_on_device"):
             raise NotImplementedError(reason)
     if not transposed:
         return _int8_product(q, t)

@@ -19,13 +19,13 @@ def native(name: str) -> bool:
     """Whether products of two operands in this format run in FP4 units here; asked once per process."""
     if name != "nvfp4" or dispatch.backend() != "gpu" or _capability() < BLACKWELL:
         return False
-    return not dispatch.probe("nanochat_jax.kernels.scaled:check_on_device")
+    return not dispatch.verdict("nanochat_jax.kernels.scaled:check_on_device")
 
 
 def _capability() -> float:
     """Of the default device; 0 where it has none (AMD)."""
     try:
-        return float(getattr(jax.devices()[0], "compute_capability", 0))
+        return float(getattr(dispatch.devices()[0], "compute_capability", 0))
     except ValueError:
         return 0.0
 

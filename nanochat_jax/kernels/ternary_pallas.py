@@ -59,13 +59,12 @@ def dot(
     if b.form == "gemv" and (M > GEMV_ROWS or x_MK.dtype != jnp.int8 or scale is not None):
         got = f"{M} of {x_MK.dtype}" + ("" if scale is None else ", scales of groups")
         raise NotImplementedError(f"a gemv takes at most {GEMV_ROWS} rows of int8 and one scale, got {got}")
-    rows = M if b.form == "gemv" else -(-M // b.bm) * b.bm
-    x = jnp.pad(x_MK, [(0, rows - M), (0, depth - K)])  # padding meets weights of zero
+    x = jnp.pad(x_MK, [(0, 0), (0, depth - K)])  # padding meets weights of zero
     b = _fit(b, N, depth // GROUP)
     if b.form == "gemv":
         y = _gemv_call(x, codes, b, interpret)
     else:
-        y = _gemm_call(x, codes, scale, b, K, interpret)[:M]
+        y = _gemm_call(x, codes, scale, b, K, interpret)
     if scale is None:  # off again what codes, t + 1, have added
         y = y - jnp.sum(x_MK, -1, keepdims=True, dtype=y.dtype)
     return y.astype(jnp.float32)
@@ -149,6 +148,8 @@ def _gemv(x_ref, codes_ref, out_ref, *, words: int, steps: int, parts: int, inte
 
 def _gemm_call(x, codes, scale, b: Blocks, inputs: int, interpret: bool) -> jax.Array:
     (M, depth), N = x.shape, codes.shape[0]
+    tiles = -(-M // b.bm)
+    x = jnp.pad(x, [(0, tiles * b.bm - M), (0, 0)])  # spare rows are multiplied, and not stored
     integers = x.dtype == jnp.int8
     operands = [x if integers else x * RAISED, codes]
     specs = [
@@ -159,7 +160,7 @@ def _gemm_call(x, codes, scale, b: Blocks, inputs: int, interpret: bool) -> jax.
     if scale is not None:
         planes_per_scale = inputs // scale.shape[0] // PLANE
         count = -(-(depth // PLANE) // planes_per_scale)
-        sums = jnp.sum(x.reshape(M, -1, PLANE), -1, dtype=jnp.int32 if integers else jnp.float32)
+        sums = jnp.sum(x.reshape(len(x), -1, PLANE), -1, dtype=jnp.int32 if integers else jnp.float32)
         scale = jnp.pad(scale, [(0, count - scale.shape[0]), (0, 0)])
         operands += [sums, scale] if integers else [sums / LOWERED, scale * LOWERED]
         specs += [
@@ -169,10 +170,11 @@ def _gemm_call(x, codes, scale, b: Blocks, inputs: int, interpret: bool) -> jax.
     dtype = jnp.int32 if integers and scale is None else jnp.float32
     made = pl.pallas_call(
         functools.partial(
-            _gemm, groups=depth // GROUP, parts=b.split_k, planes_per_scale=planes_per_scale, interpret=interpret
+            _gemm, rows=M, groups=depth // GROUP, parts=b.split_k, planes_per_scale=planes_per_scale,
+            interpret=interpret,
         ),
         out_shape=jax.ShapeDtypeStruct((b.split_k, M, N), dtype),
-        grid=(M // b.bm, N // b.bn, b.split_k),
+        grid=(tiles, N // b.bn, b.split_k),
         in_specs=specs,
         out_specs=pl.BlockSpec((None, b.bm, b.bn), lambda i, j, s: (s, i, j)),
         compiler_params=plt.CompilerParams(num_warps=b.num_warps, num_stages=b.num_stages),
@@ -182,9 +184,11 @@ def _gemm_call(x, codes, scale, b: Blocks, inputs: int, interpret: bool) -> jax.
     return y if integers or scale is not None else y * LOWERED
 
 
-def _gemm(x_ref, codes_ref, *refs, groups: int, parts: int, planes_per_scale: int, interpret: bool):
+def _gemm(
+    x_ref, codes_ref, *refs, rows: int, groups: int, parts: int, planes_per_scale: int, interpret: bool
+):
     """One tile [bm, bn] of one part of the inputs."""
-    (sums_ref, scale_ref), out_ref = refs[:-1] or (None, None), refs[-1]
+    *grouped, out_ref = refs
     sum_dtype = jnp.int32 if x_ref.dtype == jnp.int8 else jnp.float32
 
     def step(i, total):
@@ -195,14 +199,16 @@ def _gemm(x_ref, codes_ref, *refs, groups: int, parts: int, planes_per_scale: in
             product = jax.lax.dot_general(
                 x, codes, (((1,), (1,)), ((), ())), preferred_element_type=sum_dtype
             )
-            if scale_ref is not None:
-                plane = i * 4 + j
+            if grouped:
+                (sums_ref, scale_ref), plane = grouped, i * 4 + j
                 product = (product - sums_ref[:, pl.ds(plane, 1)]).astype(jnp.float32)
                 product *= scale_ref[pl.ds(jax.lax.div(plane, planes_per_scale), 1), :]
             total = total + product
         return total
 
-    out_ref[...] = jax.lax.fori_loop(*_bounds(groups, parts), step, jnp.zeros(out_ref.shape, out_ref.dtype))
+    total = jax.lax.fori_loop(*_bounds(groups, parts), step, jnp.zeros(out_ref.shape, out_ref.dtype))
+    real = jax.lax.broadcasted_iota(jnp.int32, total.shape, 0) + pl.program_id(0) * len(total) < rows
+    plt.store(out_ref.at[...], total, mask=real if rows % len(total) else None)
 
 
 MASK = 0x03030303  # the lowest code of each byte of a word

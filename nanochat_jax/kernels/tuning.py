@@ -9,15 +9,15 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from nanochat_jax import files
+from nanochat_jax.kernels import dispatch
 
 TABLE = Path(__file__).with_name("tuned.json")
 BUCKETS = (1, 4, 16, 64, 256)  # greatest number of rows of each bucket but the last
 SHARED = 99 * 1024  # bytes of memory that a program may share, on the smallest card of today
-PROGRAMS = 264  # programs that keep the largest card of today (132 multiprocessors) busy
+PROGRAMS = 256  # programs that keep a large card busy, about two for each multiprocessor
 
 
 class Blocks(NamedTuple):
@@ -56,7 +56,7 @@ def table(path: Path = TABLE) -> dict[str, dict[str, Any]]:
 
 def entry(dtype: Any, rows: int, outputs: int, inputs: int) -> dict[str, Any] | None:
     """What was measured for this product on the default device, or None."""
-    kind = jax.devices()[0].device_kind
+    kind = dispatch.devices()[0].device_kind
     return table().get(key(kind, dtype, rows, outputs, inputs))
 
 
@@ -74,15 +74,16 @@ def constants(dtype: Any, rows: int, outputs: int, inputs: int, grouped: bool = 
     Not yet measured on a GPU.
     """
     if rows <= 2 and dtype == jnp.int8 and not grouped:
-        form, bm, bn, tiles = "gemv", 64, 16, outputs // 16
+        form, bm, bn, tiles, warps = "gemv", 64, 16, outputs // 16, 4
     else:
         bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
         form, bn = "gemm", 128 if rows > 64 or outputs >= 8192 else 64
         tiles = -(-rows // bm) * (outputs // bn)
+        warps = 8 if bm == 64 and (bn == 128 or grouped) else 4
     split = 1
     while split < 8 and tiles * split < PROGRAMS and split * 2 <= inputs // 256:
         split *= 2
-    return Blocks(form, bm, bn, split, 4, _stages(dtype, bm, bn))
+    return Blocks(form, bm, bn, split, warps, _stages(dtype, bm, bn))
 
 
 def _stages(dtype: Any, bm: int, bn: int) -> int:
@@ -99,7 +100,7 @@ def candidates(dtype: Any, rows: int) -> list[Blocks]:
         if rows <= 2 and dtype == jnp.int8
     ]  # fmt: skip
     gemm = [
-        Blocks("gemm", bm, bn, s, 4, stages)
+        Blocks("gemm", bm, bn, s, 8 if bm * bn > 4096 else 4, stages)
         for bm in ((16,) if rows <= 16 else (64,)) for bn in (32, 64, 128) for s in (1, 2, 4)
         for stages in sorted({2, _stages(dtype, bm, bn)})
     ]  # fmt: skip

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 
 from nanochat_jax import params as params_lib
-from nanochat_jax.kernels import symmetric
+from nanochat_jax.kernels import dispatch, symmetric
 
 Triple = tuple[float, float, float]
 
@@ -101,7 +101,7 @@ def newton_schulz(
     if x.ndim < 2:
         raise ValueError(f"Newton-Schulz needs matrices [..., m, n], got shape {x.shape}")
     m, n = x.shape[-2:]
-    dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+    dtype = jnp.dtype(dtype or (jnp.float32 if dispatch.backend() == "cpu" else jnp.bfloat16))
     if span is None:
         span = SPAN if dtype == jnp.float32 and max(m, n) >= 2 * min(m, n) else 1
     table = COEFFICIENTS[coefficients]

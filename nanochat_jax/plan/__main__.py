@@ -9,7 +9,10 @@ NAMES = ("rtx4090", "rtx5090", "rtxpro6000", "a100", "h100", "h200", "b200", "cp
 FLAGS = {
     "device": cli.Flag("h100", "whose memory and speed", NAMES),
     "fit": cli.Flag("", "memory of each device to fit, e.g. 24GiB; default 92 % of the device's"),
-    "compile": cli.Flag(False, "also compile the step on abstract arrays, for XLA's own memory figures"),
+    "compile": cli.Flag(
+        False,
+        "also compile the step, for XLA's own memory figures: for the device, if the extra card is installed",
+    ),
     "json": cli.Flag(False, "print the whole record as JSON"),
 }
 

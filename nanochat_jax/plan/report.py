@@ -1,5 +1,6 @@
 """The plan of a run as a record, and as text for people."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -40,33 +41,42 @@ def plan(cfg: Config, device: str, fit_text: str = "", compiled: bool = False) -
     if published and device == CARDS[published]:
         record["published_tokens_per_second"] = PUBLISHED[published]
     if compiled:
-        record["xla"] = compile_step(cfg)
+        record["xla"] = compile_step(cfg, device)
     return record
 
 
-def compile_step(cfg: Config) -> dict[str, Any]:
+def compile_step(cfg: Config, device: str = "cpu") -> dict[str, Any]:
     """XLA's memory analysis of the compiled step, and its collectives, with abstract arrays: nothing is allocated.
 
+    Compiled for the named card, if it is not here but its compiler is (`kernels.card`), else for this platform.
     Layers run in a scan, as on a GPU, also where a CPU would run them all at once.
-    Returns: bytes of arguments, temporaries and both, and the predicted peak for this platform; "traffic",
-    what each device sends in a step by kind, "sometimes" beyond it, and what is "expected" in this dtype.
+    Returns: "for", the card's name or the platform; bytes of arguments, temporaries and both, and the predicted
+    peak there; "traffic", what each device sends in a step by kind, "sometimes" beyond it, and what is "expected"
+    in this dtype.
     Raises: ValueError if the platform's compiler has no memory analysis.
     """
-    import jax
-
+    from nanochat_jax.kernels import card, dispatch
     from nanochat_jax.train import program
 
     if not cfg.model.unroll:
         cfg = fit.changed(cfg, {"model.unroll": layer_period(cfg.model)})
-    parts = program.Parts(cfg)
-    compiled = parts.step.lower(parts.target, program.batch_shapes(cfg)).compile()
-    analysis, backend = compiled.memory_analysis(), jax.default_backend()
+    away = device in card.CARDS and dispatch.backend() == "cpu" and not card.missing()
+    count = cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor
+    with card.aimed(device, count) if away else contextlib.nullcontext() as devices:
+        parts, backend = program.Parts(cfg, devices=devices), dispatch.backend()
+        if away:
+            compiled = card.compiled(
+                parts.step, parts.target, program.batch_shapes(cfg, parts.mesh), mesh=parts.mesh, spills=True
+            )
+        else:
+            compiled = parts.step.lower(parts.target, program.batch_shapes(cfg)).compile()
+    analysis = compiled.memory_analysis()
     if analysis is None:
         raise ValueError(f"no memory analysis on platform {backend}")
     arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     every, sometimes = collectives.exchanged(compiled.as_text(), parts.mesh.size)
     return {
-        "arguments": arguments, "temporary": temporary, "peak": arguments + temporary,
+        "for": device if away else backend, "arguments": arguments, "temporary": temporary, "peak": arguments + temporary,
         "predicted": memory.predict(cfg, backend).peak,
         "traffic": every, "sometimes": sometimes, "expected": traffic.predict(cfg, backend),
     }  # fmt: skip
@@ -95,8 +105,9 @@ def text(record: dict[str, Any]) -> str:
     if xla := record.get("xla"):
         off = xla["predicted"] / xla["peak"] - 1
         lines.append(
-            f"  XLA here   {xla['peak'] / GIB:10.2f}  arguments {xla['arguments'] / GIB:.2f}, temporary "
-            f"{xla['temporary'] / GIB:.2f}; predicted for this platform {xla['predicted'] / GIB:.2f} ({off:+.1%})"
+            f"  {'compiled':<12} {xla['peak'] / GIB:8.2f}  by XLA for {xla['for']}: arguments "
+            f"{xla['arguments'] / GIB:.2f}, temporary {xla['temporary'] / GIB:.2f}; predicted for it "
+            f"{xla['predicted'] / GIB:.2f} ({off:+.1%})"
         )
     lines += _exchange(record)
     lines += [
@@ -132,8 +143,8 @@ def _exchange(record: dict[str, Any]) -> list[str]:
     ]
     if xla := record.get("xla"):
         lines.append(
-            f"  XLA here   {sum(xla['traffic'].values()) / 1e9:10.3g} GB ({kinds(xla['traffic'])}); expected for "
-            f"this platform {sum(xla['expected'].values()) / 1e9:.3g}"
+            f"  compiled   {sum(xla['traffic'].values()) / 1e9:.3g} GB by XLA for {xla['for']} "
+            f"({kinds(xla['traffic'])}); expected for it {sum(xla['expected'].values()) / 1e9:.3g}"
         )
         if xla["sometimes"]:
             lines.append(f"             and in steps that refresh a subspace {kinds(xla['sometimes'])}")

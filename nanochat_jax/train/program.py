@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,12 @@ def parameter_table(cfg: Config) -> str:
 class Parts:
     """The pure pieces of a run, made from its Config: no data, no arrays."""
 
-    def __init__(self, cfg: Config, extension: tuple[float, int] | None = None):
+    def __init__(
+        self, cfg: Config, extension: tuple[float, int] | None = None, devices: Sequence[Any] | None = None
+    ):
         self.specs = transformer.param_specs(cfg.model)
         factor, start = extension or (None, 0)
-        self.mesh = parallel.mesh(cfg.mesh)
+        self.mesh = parallel.mesh(cfg.mesh, devices)
         whole = parallel.whole_layer(self.mesh, self.specs, cfg.mesh.reduce_dtype)
         self.loss_fn = losses.make_loss(cfg.model, cfg.train.loss, cfg.train.loss_chunk, whole)
         spread = parallel.over_layers(self.mesh)
@@ -110,10 +112,12 @@ class Parts:
         return jax.jit(self.tx.init, out_shardings=self.layout.opt_state)(params)
 
 
-def batch_shapes(cfg: Config) -> parallel.Batch:
-    """Shapes of a training batch, as the data pipeline makes it."""
+def batch_shapes(cfg: Config, mesh: jax.sharding.Mesh | None = None) -> parallel.Batch:
+    """Shapes of a training batch, as the data pipeline makes it; with a mesh, where its rows lie."""
+    place = None if mesh is None else parallel.batch_sharding(mesh)
     whole, real = (
-        jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), t) for t in (np.int32, np.float32)
+        jax.ShapeDtypeStruct((cfg.data.batch, cfg.data.seq_len), t, sharding=place)
+        for t in (np.int32, np.float32)
     )
     reference = real if cfg.data.reference else None
     return parallel.Batch(whole, whole, real, whole, whole, reference=reference)  # type: ignore[arg-type]
