@@ -167,6 +167,7 @@ def test_the_report_says_what_is_exchanged():
     assert "exchange" not in report.text(report.plan(cli.get_config("config_a"), "rtxpro6000"))
     record = report.plan(cli.get_config("config_b"), "rtx4090")
     record["xla"] = {
+        "for": "rtx4090",
         "arguments": 1,
         "temporary": 1,
         "peak": 2,
@@ -176,7 +177,7 @@ def test_the_report_says_what_is_exchanged():
     record["xla"] |= {"sometimes": {"all-gather": 3e9}, "expected": {"all-reduce": 1e9}}
     shown = report.text(record)
     assert (
-        "2 GB (all-reduce 2); expected for this platform 1" in shown
+        "2 GB by XLA for rtx4090 (all-reduce 2); expected for it 1" in shown
         and "refresh a subspace all-gather 3" in shown
     )
 
