@@ -2,8 +2,9 @@
 
 `quantize` reads a value once: a program holds whole blocks, takes their maxima, rounds, and writes
 packed codes and scales, or the levels times their scales in bfloat16, which is what a product on
-hardware without FP4 units multiplies. It gives the bits of the formats' definition: it divides exactly (and
-does not multiply by a reciprocal), and rounds to nearest by comparing with the middles between levels.
+hardware without FP4 units multiplies. It gives the bits of the formats' definition: its quotients are exactly
+rounded ones (by a corrected reciprocal, once per block), and codes are the least of three straight lines. What
+bounds it is the integer unit of the cores, half as wide as the others: so little is compared and selected.
 
 `dot` unpacks tiles of both operands to bfloat16, exactly, and multiplies on the tensor cores; even and
 odd inputs, which share bytes, are multiplied apart, so that nothing is shuffled.
@@ -21,8 +22,11 @@ import jax.numpy as jnp
 from nanochat_jax.kernels import magnitude, triton
 
 BLOCK = {"nvfp4": 16, "mxfp4": 32}  # as in kernels.fp4
-MIDDLES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
-ROWS, COLUMNS = 32, 256  # of a tile of `quantize` and `dequantize`, at most
+LINES = ((2.0, 0.0), (1.0, 2.0), (0.5, 4.0))  # slope, value at 0 of the index of a level in the level
+ZERO = 2.0**23  # added to numbers up to 2^23, leaves integers
+BLOCKS, LEAST = 256, 32  # of a program of `quantize`, at most and at least
+WIDE = 8  # bfloat16 numbers that a thread loads at once
+ROWS, COLUMNS = 32, 256  # of a tile of `dequantize`, at most
 DEPTH = 64  # inputs of a step of `dot`
 ONE = {"nvfp4": 7 << 3, "mxfp4": 127}  # codes of the scale 1
 
@@ -38,64 +42,108 @@ def quantize(
     """Quantize along the last axis, whose length is a multiple of the block.
 
     Args: v: [M, K], floating. numbers: float32 [2], the factor that brings the tensor's maximum to that
-    of the scales (read for nvfp4), and the tensor's scale. name: in BLOCK. salt: None rounds to nearest;
-    uint32 [2] of `noise.salt` rounds stochastically, with scales rounded up.
+    of the scales (read for nvfp4), and the tensor's scale (1 for mxfp4 to nearest). name: in BLOCK. salt: None
+    rounds to nearest; uint32 [2] of `noise.salt` rounds stochastically, with scales rounded up.
     Returns: packed: [codes uint8 [M, K / 2], the scales' bits uint8 [M, K / block]]; else [bfloat16 [M, K]].
     """
-    rows, (_, K) = v_MK.shape[0], v_MK.shape
-    spare = -rows % 8  # few programs of one row each would leave a device idle
-    v_MK = jnp.pad(v_MK, ((0, spare), (0, 0))) if spare else v_MK
-    M, block = v_MK.shape[0], BLOCK[name]
-    bm, bk = triton.tile(M, ROWS), triton.tile(K, COLUMNS)
-    whole = lambda i, j: (i, j)  # noqa: E731
+    (M, K), block = v_MK.shape, BLOCK[name]
+    blocks = M * K // block
+    rows = max(triton.tile(blocks, BLOCKS), LEAST)
+    v = v_MK.reshape(blocks, block)
+    spare = -blocks % rows
+    v = jnp.pad(v, ((0, spare), (0, 0))) if spare else v
+    lines = lambda width: pl.BlockSpec((rows, width), lambda i: (i, 0))  # noqa: E731
+    each, few = pl.BlockSpec((rows,), lambda i: (i,)), pl.BlockSpec((2,), lambda i: (0,))
     if packed:
-        shapes = [((M, K // 2), (bm, bk // 2), jnp.uint8), ((M, K // block), (bm, bk // block), jnp.uint8)]
+        outs = [((block // 2,), jnp.uint8, lines(block // 2)), ((), jnp.uint8, each)]
     else:
-        shapes = [((M, K), (bm, bk), jnp.bfloat16)]
-    kernel = functools.partial(_quantize, name=name, width=K, packed=packed, interpret=interpret)
-    few = [pl.BlockSpec((2,), lambda i, j: (0,))]
+        outs = [((block,), jnp.bfloat16, lines(block))]
+    kernel = functools.partial(_quantize, name=name, packed=packed, interpret=interpret)
     made = pl.pallas_call(
         kernel if salt is not None else lambda v, n, *outs: kernel(v, n, None, *outs),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, _, dtype in shapes],
-        grid=(M // bm, K // bk),
-        in_specs=[pl.BlockSpec((bm, bk), whole), *few, *(few if salt is not None else [])],
-        out_specs=[pl.BlockSpec(part, whole) for _, part, _ in shapes],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        out_shape=[jax.ShapeDtypeStruct((blocks + spare, *width), dtype) for width, dtype, _ in outs],
+        grid=((blocks + spare) // rows,),
+        in_specs=[lines(block), few, *([] if salt is None else [few])],
+        out_specs=[spec for *_, spec in outs],
+        compiler_params=plt.CompilerParams(num_warps=min(4, rows // 32), num_stages=1),
         interpret=interpret,
-    )(v_MK, numbers, *([] if salt is None else [salt]))
-    return [a[:rows] for a in made] if spare else list(made)
+    )(v, numbers, *([] if salt is None else [salt]))
+    return [a[:blocks].reshape(M, -1) for a in made]
 
 
-def _quantize(v_ref, numbers_ref, salt_ref, *out_refs, name, width, packed, interpret):
-    v = v_ref[...].astype(jnp.float32)
-    bm, bk = v.shape
-    magnitudes = magnitude.bits(v)
-    top = magnitude.as_float(jnp.max(magnitudes.reshape(bm, bk // BLOCK[name], BLOCK[name]), axis=2))
-    up = salt_ref is not None
-    scale, scale_code = (_e4m3 if name == "nvfp4" else _e8m0)(top, numbers_ref[0], up, interpret)
+def _quantize(v_ref, numbers_ref, salt_ref, *out_refs, name, packed, interpret):
+    rows, block = v_ref.shape
+    # Read in parts, each of a width that one thread loads at once: a thread then holds whole blocks, and works
+    # out their scales once and without the others.
+    starts = range(0, block, WIDE)
+    parts = [v_ref[:, pl.ds(start, WIDE)].astype(jnp.float32) for start in starts]
+    top = magnitude.as_float(jnp.max(functools.reduce(jnp.maximum, map(magnitude.bits, parts)), axis=1))
+    noisy = salt_ref is not None
+    scale, scale_code = (_e4m3 if name == "nvfp4" else _e8m0)(top, numbers_ref[0], noisy, interpret)
     scale, scale_code = jnp.where(top == 0, 1.0, scale), jnp.where(top == 0, ONE[name], scale_code)
-    a = triton.divide(
-        magnitude.as_float(magnitudes), triton.along(scale * numbers_ref[1], v.shape), interpret
-    )
-    if salt_ref is None:
-        index = sum(((a >= middle) if even else (a > middle)).astype(jnp.int32) for middle, even in MIDDLES)
-    else:
-        bits = triton.random_bits(pl.program_id(0) * bm, pl.program_id(1) * bk, v.shape, width, salt_ref)
-        u = ((bits >> 12).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-20
-        inverse_step = jnp.where(a < 2, 2.0, jnp.where(a < 4, 1.0, 0.5))
-        base = jnp.where(a < 2, 0, jnp.where(a < 4, 2, 4))
-        index = jnp.floor(jnp.minimum(a, 6.0) * inverse_step + u).astype(jnp.int32) + base
-    index = jnp.where(a != a, 7, index)
-    sign = jax.lax.bitcast_convert_type(v, jnp.int32)
     if packed:
-        codes_ref, scales_ref = out_refs
-        pairs = (index | ((sign >> 28) & 8)).reshape(bm, bk // 2, 2)
-        low, high = (part.reshape(bm, bk // 2) for part in jax.lax.split(pairs, (1, 1), 2))
-        codes_ref[...] = (low | (high << 4)).astype(jnp.uint8)
-        scales_ref[...] = scale_code.astype(jnp.uint8)
-    else:
-        value = level(index) * triton.along(scale, v.shape) * jnp.where(sign < 0, -1.0, 1.0)
-        out_refs[0][...] = jnp.where(a != a, jnp.nan, value).astype(jnp.bfloat16)
+        out_refs[1][...] = scale_code.astype(jnp.uint8)
+    # The unit is 2^k m, m in [1, 2). To divide by 2^k is to multiply by 2^-k, exactly unless the quotient is too
+    # small to matter; infinite units make it 0.
+    unit = scale * numbers_ref[1]
+    exponent = magnitude.bits(unit) & 0x7F800000
+    shrink = magnitude.as_float(jnp.maximum((254 << 23) - exponent, 0))
+    shrink, scale = (jnp.where(unit != unit, jnp.nan, x) for x in (shrink, scale))
+    divides = name == "nvfp4" or noisy  # else m is 1
+    if divides:
+        m = magnitude.as_float((magnitude.bits(unit) - exponent) | 127 << 23)
+        inverse = triton.divide(jnp.ones_like(m), m, interpret)
+    made = []
+    for start, part in zip(starts, parts, strict=True):
+        blocks_of = lambda x: jnp.broadcast_to(x[:, None], part.shape)  # noqa: B023, E731
+        a = jnp.abs(part) * blocks_of(shrink)
+        if divides:
+            a = triton.divide_many(a, blocks_of(m), blocks_of(inverse), interpret)
+        if noisy:
+            bits = triton.random_bits(pl.program_id(0) * rows, start, part.shape, block, salt_ref)
+            index = _stochastic(a, bits, interpret)
+        else:
+            index = _nearest(a, interpret)
+        sign = jax.lax.bitcast_convert_type(part, jnp.uint32)
+        if packed:
+            pairs = [
+                [half.reshape(rows, WIDE // 2) for half in jax.lax.split(x.reshape(rows, -1, 2), (1, 1), 2)]
+                for x in (jax.lax.bitcast_convert_type(index, jnp.uint32), sign)
+            ]
+            (low, high), (low_sign, high_sign) = pairs
+            codes = (low + high * 16) & 0x77 | low_sign >> 28 & 0x08 | high_sign >> 24 & 0x80
+            made.append(codes.astype(jnp.uint8))
+        else:
+            level = _level(magnitude.as_float(index) - ZERO)
+            level = jax.lax.bitcast_convert_type(level, jnp.uint32) | sign & jnp.uint32(1 << 31)
+            value = jax.lax.bitcast_convert_type(level, jnp.float32) * scale[:, None]
+            made.append(value.astype(jnp.bfloat16))
+    out_refs[0][...] = triton.beside(made)
+
+
+def _nearest(a: jax.Array, interpret: bool) -> jax.Array:
+    """ZERO + the index of the nearest level, as the bits of a float32 (int32); of NaN 7.
+
+    Over the levels the index is piecewise linear in a, and concave: the least of three straight lines. Rounding
+    is monotonic, so each of them may round, and to an even index at ties as ZERO is even.
+    """
+    lines = [triton.multiply_add(a, slope, ZERO + base, interpret) for slope, base in LINES]
+    return _least(lines)
+
+
+def _stochastic(a: jax.Array, bits: jax.Array, interpret: bool) -> jax.Array:
+    """As `_nearest`: the index of the level below or above, by random bits (uint32)."""
+    # u of `fp4.uniform`, 1 + u being the float with these bits.
+    u = jax.lax.bitcast_convert_type(bits >> 9 & 0x7FFFF8 | 0x3F800004, jnp.float32) - 1.0
+    lines = [(triton.multiply_add(a, slope, u, interpret), base) for slope, base in LINES]
+    return _least([triton.floor_add(line, ZERO + base, interpret) for line, base in lines])
+
+
+def _least(lines: list[jax.Array]) -> jax.Array:
+    """The least of positive numbers and ZERO + 7, by their bits (int32), which puts NaN above."""
+    top = 0x4B000007  # ZERO + 7
+    bits = [jax.lax.bitcast_convert_type(line, jnp.int32) for line in lines]
+    return jnp.minimum(functools.reduce(jnp.minimum, bits), top)
 
 
 def _e4m3(top, enlarge, up, interpret):
@@ -125,6 +173,11 @@ def _e8m0(top, enlarge, up, interpret):
     code = jnp.maximum(exponent - 2, 1)
     bad = exponent == 255
     return jnp.where(bad, jnp.nan, magnitude.as_float(code << 23)), jnp.where(bad, 255, code)
+
+
+def _level(index: jax.Array) -> jax.Array:
+    """Magnitudes of indices 0..7 (float32): over the indices the level is convex, the greatest of three lines."""
+    return jnp.maximum(0.5 * index, jnp.maximum(index - 2, 2 * index - 8))
 
 
 def level(code: jax.Array) -> jax.Array:

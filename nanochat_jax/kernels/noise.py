@@ -28,13 +28,21 @@ def salt(key: Key) -> jax.Array:
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
-def hashed(index: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """uint32 bits of elements by their index (uint32, in the order of rows) and the two words of `salt`."""
-    return _mix(_mix(index ^ first) ^ second)
+def hashed(index: jax.Array, first: jax.Array, second: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
+    """uint32 bits of elements by their index (uint32, in the order of rows) and the two words of `salt`.
+
+    offset: uint32 below 2^16, added to indices whose bits it leaves as they are: neighbours share the first step.
+    """
+    x = index ^ first
+    return _mix(_multiplied((x ^ (x >> 16)) ^ offset) ^ second)
 
 
 def _mix(x: jax.Array) -> jax.Array:
     """Permutation of uint32 in which every bit of the input moves every bit of the output."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return _multiplied(x ^ (x >> 16))
+
+
+def _multiplied(x: jax.Array) -> jax.Array:
+    x = x * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
