@@ -6,7 +6,7 @@ hardware without FP4 units multiplies. It gives the bits of the formats' definit
 rounded ones (by a corrected reciprocal, once per block), and codes are the least of three straight lines. What
 bounds it is the integer unit of the cores, half as wide as the others: so little is compared and selected.
 
-`dot` unpacks tiles of both operands to bfloat16, exactly, and multiplies on the tensor cores; even and
+`dot` unpacks tiles of the right operand to bfloat16, exactly, and multiplies on the tensor cores; even and
 odd inputs, which share bytes, are multiplied apart, so that nothing is shuffled.
 
 Not yet measured on a GPU: checked in interpret mode and by lowering for CUDA.
@@ -26,8 +26,9 @@ LINES = ((2.0, 0.0), (1.0, 2.0), (0.5, 4.0))  # slope, value at 0 of the index o
 ZERO = 2.0**23  # added to numbers up to 2^23, leaves integers
 BLOCKS, LEAST = 256, 32  # of a program of `quantize`, at most and at least
 WIDE = 8  # bfloat16 numbers that a thread loads at once
-ROWS, COLUMNS = 32, 256  # of a tile of `dequantize`, at most
-DEPTH = 64  # inputs of a step of `dot`
+GROUPS = 512  # of WIDE elements, of a program of `dequantize`, at most
+DEPTH = 256  # inputs of a step of `dot`, at most
+PROGRAMS = 512  # of `dot`, about, where it has fewer tiles: four on each of 132 multiprocessors
 ONE = {"nvfp4": 7 << 3, "mxfp4": 127}  # codes of the scale 1
 
 
@@ -180,14 +181,30 @@ def _level(index: jax.Array) -> jax.Array:
     return jnp.maximum(0.5 * index, jnp.maximum(index - 2, 2 * index - 8))
 
 
-def level(code: jax.Array) -> jax.Array:
-    """Magnitudes (float32) of codes 0..7 (int32)."""
-    c = code.astype(jnp.float32)
-    return jnp.where(code < 4, 0.5 * c, jnp.where(code < 6, c - 2, 2 * c - 8))
+def _unpacked(codes: jax.Array, plain: bool) -> tuple[jax.Array, jax.Array]:
+    """Levels of the even and of the odd elements, exact in bfloat16, of two codes a byte (uint8).
 
-
-def _signed_level(code: jax.Array) -> jax.Array:
-    return level(code & 7) * jnp.where(code >= 8, -1.0, 1.0)
+    plain: for XLA and in interpret mode, where subnormal numbers may be taken for zero.
+    """
+    if plain:
+        low, high = (part.astype(jnp.float32) for part in (codes & 15, codes >> 4))
+        return tuple(jnp.where(c < 8, _level(c), -_level(c - 8)).astype(jnp.bfloat16) for c in (low, high))
+    # The three lower bits of a code, put across the border of a bfloat16's exponent and mantissa, are the level
+    # times 2^-126. Two at a time: bytes go to the upper halves of 16 bits, from there bits to where they belong.
+    made = []
+    for level, sign in ((2, 4), (6, 0)):
+        pairs = [
+            f"prmt.b32 p, $2, 0, {places}; shr.u32 m, p, {level}; and.b32 m, m, 0x01C001C0; shl.b32 s, p, {sign};"
+            f" and.b32 s, s, 0x80008000; or.b32 m, m, s; fma.rn.bf16x2 ${i}, m, top, zero;"
+            for i, places in enumerate(("0x1404", "0x3424"))
+        ]
+        text = "{ .reg .b32 p, m, s, top, zero; mov.b32 top, 0x7E807E80; mov.b32 zero, 0x80008000; "
+        (part,) = plt.elementwise_inline_asm(
+            text + " ".join(pairs) + " }", args=[codes], constraints="=&r,=&r,r", pack=4,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16)],
+        )  # fmt: skip
+        made.append(part)
+    return tuple(made)
 
 
 def _scale(code: jax.Array, name: str) -> jax.Array:
@@ -203,32 +220,37 @@ def dequantize(
     codes: jax.Array, scales: jax.Array, tensor: jax.Array, name: str, dtype, interpret: bool = False
 ) -> jax.Array:
     """The inverse of a packed `quantize`: [M, K] in `dtype`; tensor: float32 [1]."""
-    rows, half = codes.shape
-    spare = -rows % 8
-    codes, scales = (jnp.pad(a, ((0, spare), (0, 0))) if spare else a for a in (codes, scales))
-    M, K, block = codes.shape[0], 2 * half, BLOCK[name]
-    bm, bk = triton.tile(M, ROWS), triton.tile(K, COLUMNS)
-    whole = lambda i, j: (i, j)  # noqa: E731
+    M, each = len(codes), BLOCK[name] // WIDE
+    codes, scales = codes.reshape(-1, WIDE // 2), scales.reshape(-1)
+    size = len(codes)
+    rows = max(triton.tile(size, GROUPS), LEAST)
+    spare = -size % rows
+    if spare:
+        codes, scales = jnp.pad(codes, ((0, spare), (0, 0))), jnp.pad(scales, (0, spare // each))
     made = pl.pallas_call(
-        functools.partial(_dequantize, name=name),
-        out_shape=jax.ShapeDtypeStruct((M, K), dtype),
-        grid=(M // bm, K // bk),
+        functools.partial(_dequantize, name=name, interpret=interpret),
+        out_shape=jax.ShapeDtypeStruct((size + spare, WIDE), dtype),
+        grid=((size + spare) // rows,),
         in_specs=[
-            pl.BlockSpec((bm, bk // 2), whole), pl.BlockSpec((bm, bk // block), whole),
-            pl.BlockSpec((1,), lambda i, j: (0,)),
+            pl.BlockSpec((rows, WIDE // 2), lambda i: (i, 0)),
+            pl.BlockSpec((rows // each,), lambda i: (i,)),
+            pl.BlockSpec((1,), lambda i: (0,)),
         ],
-        out_specs=pl.BlockSpec((bm, bk), whole),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        out_specs=pl.BlockSpec((rows, WIDE), lambda i: (i, 0)),
+        compiler_params=plt.CompilerParams(num_warps=min(4, rows // 32), num_stages=1),
         interpret=interpret,
-    )(codes, scales, tensor)  # fmt: skip
-    return made[:rows] if spare else made
+    )(codes, scales, tensor)
+    return made[:size].reshape(M, -1)
 
 
-def _dequantize(codes_ref, scales_ref, tensor_ref, out_ref, *, name):
-    codes = codes_ref[...].astype(jnp.int32)
-    levels = jnp.stack([_signed_level(codes & 15), _signed_level(codes >> 4)], axis=-1).reshape(out_ref.shape)
-    scale = _scale(scales_ref[...].astype(jnp.int32), name) * tensor_ref[0]
-    out_ref[...] = (levels * triton.along(scale, out_ref.shape)).astype(out_ref.dtype)
+def _dequantize(codes_ref, scales_ref, tensor_ref, out_ref, *, name, interpret):
+    rows, width = out_ref.shape
+    pairs = [half.astype(jnp.float32) for half in _unpacked(codes_ref[...], interpret)]
+    levels = jnp.stack(pairs, axis=-1).reshape(rows, width)
+    # Each row reads its own scale, so that nothing is sent between threads.
+    own = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) // (BLOCK[name] // width)
+    scale = _scale(scales_ref[own].astype(jnp.int32), name) * tensor_ref[0]
+    out_ref[...] = (levels * scale[:, None]).astype(out_ref.dtype)
 
 
 def dot(
@@ -240,50 +262,56 @@ def dot(
     be those of square tiles, [N / block, K / block].
     """
     (M, half), N, block = a[0].shape, b[0].shape[0], BLOCK[name]
-    bm = 16 if M <= 16 else 64
+    bm = 16 if M <= 16 else 64 if M <= 64 else 128
     bn = 64 if N > 16 else 16
     each = N // b[1].shape[0]  # rows of b that share a scale
+    # Bytes of a row in a step; fewer for many rows, as three steps of both operands stand in 99 KiB.
+    width = max(triton.tile(half, min(DEPTH // 2, 4096 // bm)), 32)
     # Spare rows and inputs have code 0, the level 0.
-    a, b = (
+    (x, x_scales), (codes, scales) = (
         (
-            jnp.pad(codes, ((0, -len(codes) % rows), (0, -half % (DEPTH // 2)))),
-            jnp.pad(scales, ((0, -len(codes) % rows // own), (0, -half % (DEPTH // 2) * 2 // block))),
+            jnp.pad(codes, ((0, -len(codes) % rows), (0, -half % width))),
+            jnp.pad(scales, ((0, -len(codes) % rows // own), (0, -half % width * 2 // block))),
         )
         for (codes, scales), rows, own in ((a, bm, 1), (b, bn, each))
     )
-    depth = 2 * a[0].shape[1]
-    shape = a[0].shape[0], b[0].shape[0]
-    specs = [
-        pl.BlockSpec((rows, columns), (lambda i, j: (i, 0)) if left else (lambda i, j: (j, 0)))
-        for left, size, own in ((True, bm, 1), (False, bn, each))
-        for rows, columns in ((size, depth // 2), (size // own, depth // block))
-    ]
+    (rows, half), columns = x.shape, len(codes)
+    # Every program reads all of the left operand's rows: it is unpacked before, into even and odd inputs.
+    x_scales = jnp.repeat(_scale(x_scales.astype(jnp.int32), name), block // 2, 1)
+    x = jnp.stack([(levels * x_scales).astype(jnp.bfloat16) for levels in _unpacked(x, plain=True)])
+    # Few tiles would leave a device idle: then several programs share the inputs of one.
+    tiles = rows // bm * (columns // bn)
+    split = triton.tile(half // width, 1 << max(1, PROGRAMS // tiles).bit_length() - 1)
+    part = half // split
     made = pl.pallas_call(
-        functools.partial(_dot, name=name, steps=depth // DEPTH),
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
-        grid=(shape[0] // bm, shape[1] // bn),
-        in_specs=specs,
-        out_specs=pl.BlockSpec((bm, bn), lambda i, j: (i, j)),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
+        functools.partial(_dot, name=name, width=width, interpret=interpret),
+        out_shape=jax.ShapeDtypeStruct((split, rows, columns), jnp.float32),
+        grid=(rows // bm, columns // bn, split),
+        in_specs=[
+            pl.BlockSpec((2, bm, part), lambda i, j, k: (0, i, k)),
+            pl.BlockSpec((bn, part), lambda i, j, k: (j, k)),
+            pl.BlockSpec((bn // each, 2 * part // block), lambda i, j, k: (j, k)),
+        ],
+        out_specs=pl.BlockSpec((None, bm, bn), lambda i, j, k: (k, i, j)),
+        compiler_params=plt.CompilerParams(num_warps=8 if bm == 128 else 4, num_stages=3),
         interpret=interpret,
-    )(*a, *b)
-    return made[:M, :N]
+    )(x, codes, scales)
+    return jnp.sum(made, 0)[:M, :N]
 
 
-def _dot(a_ref, a_scale_ref, b_ref, b_scale_ref, out_ref, *, name, steps):
-    def halves(codes_ref, scales_ref, i):
-        """Even and odd inputs of one step, each [rows, DEPTH / 2], exact in bfloat16."""
-        codes = codes_ref[:, pl.ds(i * (DEPTH // 2), DEPTH // 2)].astype(jnp.int32)
-        per_step = DEPTH // BLOCK[name]
-        scale = _scale(scales_ref[:, pl.ds(i * per_step, per_step)].astype(jnp.int32), name)
-        scale = triton.along(triton.down(scale, codes.shape[0]), codes.shape)
-        return [(_signed_level(part) * scale).astype(jnp.bfloat16) for part in (codes & 15, codes >> 4)]
+def _dot(x_ref, codes_ref, scales_ref, out_ref, *, name, width, interpret):
+    per_step, contract_last = 2 * width // BLOCK[name], (((1,), (1,)), ((), ()))
 
     def step(i, total):
-        pairs = zip(halves(a_ref, a_scale_ref, i), halves(b_ref, b_scale_ref, i), strict=True)
-        for x, y in pairs:
-            contract_last = (((1,), (1,)), ((), ()))
-            total += jax.lax.dot_general(x, y, contract_last, preferred_element_type=jnp.float32)
+        columns = pl.ds(i * width, width)
+        codes = codes_ref[:, columns]
+        scale = _scale(scales_ref[:, pl.ds(i * per_step, per_step)].astype(jnp.int32), name)
+        scale = triton.along(triton.down(scale, len(codes)), codes.shape).astype(jnp.bfloat16)
+        for half, levels in enumerate(_unpacked(codes, interpret)):
+            total += jax.lax.dot_general(
+                x_ref[half, :, columns], levels * scale, contract_last, preferred_element_type=jnp.float32
+            )
         return total
 
+    steps = codes_ref.shape[1] // width
     out_ref[...] = jax.lax.fori_loop(0, steps, step, jnp.zeros(out_ref.shape, jnp.float32))
