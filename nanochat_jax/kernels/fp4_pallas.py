@@ -112,7 +112,7 @@ def _quantize(v_ref, numbers_ref, salt_ref, *out_refs, name, packed, interpret):
                 for x in (jax.lax.bitcast_convert_type(index, jnp.uint32), sign)
             ]
             (low, high), (low_sign, high_sign) = pairs
-            codes = (low + high * 16) & 0x77 | low_sign >> 28 & 0x08 | high_sign >> 24 & 0x80
+            codes = low + high * 16 | low_sign >> 28 & 0x08 | high_sign >> 24 & 0x80
             made.append(codes.astype(jnp.uint8))
         else:
             level = _level(magnitude.as_float(index) - ZERO)
@@ -154,16 +154,13 @@ def _e4m3(top, enlarge, up, interpret):
     wanted = jnp.minimum(jnp.maximum(jnp.where(bad, 0.0, wanted), 2.0**-9), 448.0)
     exponent = jnp.maximum((magnitude.bits(wanted) >> 23) - 3, 118)  # of the distance of levels
     steps = wanted * magnitude.as_float((254 - exponent) << 23)  # exact: a power of two
-    low = jnp.floor(steps)
-    rest = steps - low
+    # By the lower bits of a sum with ZERO, which rounds half to even; a compiler may undo sums of numbers.
+    number = magnitude.bits(triton.floor_add(steps, ZERO, interpret) if up else steps + ZERO) & 0xFF
     if up:
-        more = rest > 0
-    else:
-        more = (rest > 0.5) | ((rest == 0.5) & (low - 2 * jnp.floor(low * 0.5) == 1))
-    scale = (low + more.astype(jnp.float32)) * magnitude.as_float(exponent << 23)
-    bits = magnitude.bits(scale) >> 20
-    subnormal = (scale * 2.0**9).astype(jnp.int32)
-    code = jnp.where(scale < 2.0**-6, subnormal, bits - ((127 - 7) << 3))
+        number += (number.astype(jnp.float32) < steps).astype(jnp.int32)
+    scale = number.astype(jnp.float32) * magnitude.as_float(exponent << 23)
+    # Levels are numbered by the code: 8 to a power of two, and subnormal ones before them.
+    code = (exponent - 118) * 8 + number
     return jnp.where(bad, jnp.nan, scale), jnp.where(bad, 127, code)
 
 
