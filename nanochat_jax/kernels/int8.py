@@ -186,8 +186,10 @@ def _reference(rule, grad, stored, codes, numbers, block, keys):
 def _pallas(rule, grad, stored, codes, numbers, block, keys, interpret=False):
     kernel = dispatch.pallas("int8_pallas", interpret)
     block = min(block, grad.shape[-1])
-    if block & (block - 1) or block < kernel.LEAST:
-        raise NotImplementedError(f"blocks of {block} are no power of two from {kernel.LEAST} on")
+    if block & (block - 1) or not kernel.LEAST <= block <= kernel.MOST:
+        raise NotImplementedError(
+            f"blocks of {block} are no power of two from {kernel.LEAST} to {kernel.MOST}"
+        )
     if grad.shape[-1] % block:
         raise NotImplementedError(f"blocks of {block} do not divide rows of {grad.shape[-1]}")
     lines = lambda a: a.reshape(-1, block)  # noqa: E731

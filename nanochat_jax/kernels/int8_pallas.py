@@ -18,7 +18,7 @@ import numpy as np
 
 from nanochat_jax.kernels import int8, magnitude, triton
 
-LEAST = 16  # elements of a block
+LEAST, MOST = 16, 1 << 16  # elements of a block; `triton.random_bits` hashes rows of no more
 ELEMENTS = 2048  # of a program, at most, but for blocks that are larger
 
 
