@@ -58,7 +58,7 @@ LEVELS: dict[str, np.ndarray] = {
     "dynamic_unsigned": _UNSIGNED.astype(np.float32),
 }
 _ZERO = 127  # code of 0 in "dynamic"
-_LINES = {"dynamic": _lines(_SIGNED), "dynamic_unsigned": _lines(_UNSIGNED)}
+LINES = {"dynamic": _lines(_SIGNED), "dynamic_unsigned": _lines(_UNSIGNED)}
 PER_LEVEL = np.float32(1 / 127)
 CODES = ("linear", *LEVELS)
 ROUNDINGS = ("nearest", "stochastic")
@@ -135,14 +135,23 @@ def _uniform(key: Key, shape: tuple[int, ...]) -> jax.Array:
     return (noise.hashed_bits(key, shape) >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def to_codes(multiples: jax.Array, code: str, offset: jax.typing.ArrayLike) -> jax.Array:
+def position(size: jax.Array, code: str) -> jax.Array:
+    """Number of the level, with fractions in between, of entries in units of the scale; not for "linear"."""
+    *concave, last = [a * size + b for a, b in LINES[code]]
+    # Only the gap before the last level, 1, is narrower than the one before it.
+    return jnp.maximum(functools.reduce(jnp.minimum, concave), last)
+
+
+def to_codes(
+    multiples: jax.Array,
+    code: str,
+    offset: jax.typing.ArrayLike,
+    position: Callable[[jax.Array, str], jax.Array] = position,
+) -> jax.Array:
     """Codes of entries in units of the scale; offset 1/2 rounds to nearest, uniform in [0, 1) at random."""
     if code == "linear":
         return jnp.clip(jnp.floor(multiples + offset), -127, 127).astype(jnp.int8)
-    size = jnp.abs(multiples) if code == "dynamic" else multiples
-    *concave, last = [a * size + b for a, b in _LINES[code]]
-    # Only the gap before the last level, 1, is narrower than the one before it.
-    level = jnp.floor(jnp.maximum(functools.reduce(jnp.minimum, concave), last) + offset)
+    level = jnp.floor(position(jnp.abs(multiples) if code == "dynamic" else multiples, code) + offset)
     if code == "dynamic":
         level = _ZERO + jnp.sign(multiples) * level
     return jnp.clip(level, 0, 255).astype(jnp.uint8)
@@ -177,8 +186,10 @@ def _reference(rule, grad, stored, codes, numbers, block, keys):
 def _pallas(rule, grad, stored, codes, numbers, block, keys, interpret=False):
     kernel = dispatch.pallas("int8_pallas", interpret)
     block = min(block, grad.shape[-1])
-    if block & (block - 1) or block < kernel.LEAST:
-        raise NotImplementedError(f"blocks of {block} are no power of two from {kernel.LEAST} on")
+    if block & (block - 1) or not kernel.LEAST <= block <= kernel.MOST:
+        raise NotImplementedError(
+            f"blocks of {block} are no power of two from {kernel.LEAST} to {kernel.MOST}"
+        )
     if grad.shape[-1] % block:
         raise NotImplementedError(f"blocks of {block} do not divide rows of {grad.shape[-1]}")
     lines = lambda a: a.reshape(-1, block)  # noqa: E731

@@ -18,7 +18,7 @@ import numpy as np
 
 from nanochat_jax.kernels import int8, magnitude, triton
 
-LEAST = 16  # elements of a block
+LEAST, MOST = 16, 1 << 16  # elements of a block; `triton.random_bits` hashes rows of no more
 ELEMENTS = 2048  # of a program, at most, but for blocks that are larger
 
 
@@ -91,4 +91,15 @@ def _encode(x, code, salt_ref, dtype, interpret):
     if salt_ref is not None:
         bits = triton.random_bits(pl.program_id(0) * x.shape[0], 0, x.shape, x.shape[1], salt_ref)
         offset = (bits >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
-    return int8.to_codes(x * inverse[:, None], code, offset), scales
+    position = functools.partial(_position, interpret=interpret)
+    return int8.to_codes(x * inverse[:, None], code, offset, position), scales
+
+
+def _position(size, code, interpret):
+    """`int8.position`, with one rounding a line, and the least by the lines' bits: half the instructions.
+
+    Bits order numbers that are not negative; where a line is negative, so is what is found: its code is 0.
+    """
+    *concave, last = [triton.multiply_add(size, float(a), float(b), interpret) for a, b in int8.LINES[code]]
+    bits = [jax.lax.bitcast_convert_type(line, jnp.int32) for line in concave]
+    return jnp.maximum(magnitude.as_float(functools.reduce(jnp.minimum, bits)), last)

@@ -28,13 +28,20 @@ def salt(key: Key) -> jax.Array:
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
-def hashed(index: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """uint32 bits of elements by their index (uint32, in the order of rows) and the two words of `salt`."""
-    return _mix(_mix(index ^ first) ^ second)
+def hashed(index: jax.Array, first: jax.Array, second: jax.Array, offset: jax.Array | int = 0) -> jax.Array:
+    """uint32 bits of elements by their index (uint32, in the order of rows) and the two words of `salt`.
 
-
-def _mix(x: jax.Array) -> jax.Array:
-    """Permutation of uint32 in which every bit of the input moves every bit of the output."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    offset: uint32 below 2^16, added to indices whose bits it leaves as they are: neighbours share the first step.
+    """
+    x = index ^ first
+    x = _multiplied((x ^ (x >> 16)) ^ offset)
+    # Of two such mixings with words in between the last step of the first, x ^ x >> 16, and the first step of the
+    # second undo each other, but for what the word leaves.
+    x = _multiplied(x ^ (second ^ (second >> 16)))
     return x ^ (x >> 16)
+
+
+def _multiplied(x: jax.Array) -> jax.Array:
+    """Between a shift by 16 before and one after, a permutation in which every bit moves every bit."""
+    x = x * jnp.uint32(0x7FEB352D)
+    return (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)

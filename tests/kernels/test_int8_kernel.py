@@ -129,8 +129,8 @@ def test_values_that_are_not_finite_stay_visible(bad):
     ("shape", "block", "reason"),
     [
         ((4, 200), 128, "blocks of 128 do not divide rows of 200"),
-        ((4, 200), 100, "blocks of 100 are no power of two from 16 on"),
-        ((4, 64), 8, "blocks of 8 are no power of two from 16 on"),
+        ((4, 200), 100, "blocks of 100 are no power of two from 16 to 65536"),
+        ((4, 64), 8, "blocks of 8 are no power of two from 16 to 65536"),
     ],
 )
 def test_refusals(shape, block, reason):
