@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import ptx
 import pytest
 from cuda_lowering import cuda_text
 
 from nanochat_jax.config import Fp4Config
-from nanochat_jax.kernels import dispatch, fp4, fp4_pallas
+from nanochat_jax.kernels import dispatch, fp4, fp4_pallas, triton
 from nanochat_jax.quant import fp4_packed
 from nanochat_jax.quant.matmul import matmul
 
@@ -267,7 +268,7 @@ def test_kernels_leave_split_arrays_alone(monkeypatch):
         split = functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes)
         jax.eval_shape(jax.jit(split(lambda x: seen.append(dispatch.whole()) or x)), jnp.ones((8,)))
     assert seen == [True, False]
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(dispatch, "devices", lambda: jax.devices()[:1])
     dispatch.refuse("a:b")
 
 
@@ -280,6 +281,30 @@ def test_sharded_rows_of_mxfp4_are_those_of_the_whole():
         mesh=mesh, in_specs=spec, out_specs=(spec, spec), check_vma=False,
     )  # fmt: skip
     same(jax.jit(run)(v), quantize(v, "mxfp4", None, "reference")[:2])
+
+
+# --- the instructions that a card runs and interpret mode does not
+
+
+def test_codes_are_unpacked_as_in_interpret_mode(monkeypatch):
+    codes = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    want = [np.asarray(part) for part in fp4_pallas._unpacked(jnp.asarray(codes), plain=True)]
+    monkeypatch.setattr(fp4_pallas, "plt", ptx.Primitives())
+    for got, plain in zip(fp4_pallas._unpacked(codes, plain=False), want, strict=True):
+        np.testing.assert_array_equal(got.astype(np.float32), plain.astype(np.float32))
+
+
+def test_quotients_by_a_corrected_reciprocal_are_exactly_rounded(monkeypatch):
+    """Against NumPy's division, among them quotients an ulp beside the middles between levels."""
+    rng = np.random.default_rng(0)
+    b = rng.integers(127 << 23, 128 << 23, 200_000).astype(np.uint32).view(np.float32)
+    middles = rng.choice(np.float32([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 1 / 3]), len(b))
+    a = (b * middles).view(np.uint32) + rng.integers(-1, 2, len(b)).astype(np.uint32)
+    a = np.concatenate([a[::2].view(np.float32), 2.0 ** rng.uniform(-99, 3, len(b) // 2).astype(np.float32)])
+    monkeypatch.setattr(triton, "plt", ptx.Primitives())
+    monkeypatch.setattr(triton, "jnp", np)
+    inverse = triton.divide(np.ones_like(b), b, interpret=False)
+    np.testing.assert_array_equal(triton.divide_many(a, b, inverse, interpret=False), a / b)
 
 
 # --- lowering

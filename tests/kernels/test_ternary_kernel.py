@@ -320,25 +320,12 @@ def test_buckets_and_constants():
 # --- the instructions that a card runs and interpret mode does not
 
 
-class _Words:
-    """Stands for the module of Triton's primitives: runs the text of an inline assembly on NumPy's words."""
-
-    def elementwise_inline_asm(self, asm, *, args, constraints, pack, result_shape_dtypes):
-        outputs = sum(part.startswith("=") for part in constraints.split(","))
-        words = [np.asarray(a).view(np.uint32) for a in args]
-        results = ptx.run(asm, dict(zip((f"${outputs + i}" for i in range(len(words))), words, strict=True)))
-        (shape,) = result_shape_dtypes
-        # Four bytes of a word in, the registers of four results out, in order.
-        made = np.stack([results[f"${i}"] for i in range(outputs)], -1)
-        return [made.reshape(-1).view(shape.dtype).reshape(shape.shape)]
-
-
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
 @pytest.mark.parametrize("j", range(4))
 def test_words_are_taken_apart_as_in_interpret_mode(dtype, j, monkeypatch):
     packed = np.random.default_rng(0).integers(0, 256, (16, 64)).astype(np.uint8)
     want = np.asarray(ternary_pallas._operand(jnp.asarray(packed), j, dtype, interpret=True))
-    monkeypatch.setattr(ternary_pallas, "plt", _Words())
+    monkeypatch.setattr(ternary_pallas, "plt", ptx.Primitives())
     got = ternary_pallas._operand(packed, j, dtype, interpret=False)
     assert got.dtype == dtype
     np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
@@ -353,7 +340,7 @@ def test_products_of_four_bytes(monkeypatch):
     exact = total + np.sum(a.astype(np.int64) * b, -1)
     words = [np.ascontiguousarray(v).view(np.int32)[:, 0] for v in (a, b)]
     np.testing.assert_array_equal(triton.dot4(*map(jnp.asarray, (*words, total)), interpret=True), exact)
-    monkeypatch.setattr(triton, "plt", _Words())
+    monkeypatch.setattr(triton, "plt", ptx.Primitives())
     np.testing.assert_array_equal(triton.dot4(*words, total, interpret=False), exact)
 
 
