@@ -37,7 +37,7 @@ from nanochat_jax.kernels import card, tuning
 BLOCK, BLOCK_HEADER = 1 << 16, 24
 SIGNATURE = b"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f"  # how a file of records begins
 ALU = ("LOP3", "SHF", "SHL", "SHR", "IADD3", "VIADD", "PRMT", "IDP", "ISETP", "SEL", "FSETP", "FSEL", "FMNMX",
-       "IMNMX", "VIMNMX", "LEA", "I2F", "I2FP", "F2I", "FRND", "POPC", "BFE", "ICMP", "F2F", "F2FP", "MUFU")  # fmt: skip
+       "FMNMX3", "IMNMX", "VIMNMX", "VIMNMX3", "LEA", "I2F", "I2FP", "F2I", "FRND", "POPC", "BFE", "ICMP", "F2F", "F2FP", "MUFU")  # fmt: skip
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

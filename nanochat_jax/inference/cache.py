@@ -4,10 +4,14 @@ forward pass.
 Whatever a cache holds has the axes [.., B, G, T, K]; the functions here know no more of it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from nanochat_jax.config import ModelConfig
+from nanochat_jax.kernels import dispatch
 from nanochat_jax.model import loop, transformer
 from nanochat_jax.types import KVCache
 
@@ -33,6 +37,18 @@ def allocate(
         outside["mtp"] = pair(cfg.mtp.depth)
     kept = cfg.loop.count if loops == "all" else 1
     return KVCache(*pair(kept, cfg.layers), jnp.zeros((batch,), jnp.int32), outside)
+
+
+def in_order(state: Any) -> Any:
+    """The same, with the caches in it laid out in memory as their axes say.
+
+    XLA for GPUs would lay them out otherwise within a loop, and turn them around, whole, before and after it.
+    """
+    if dispatch.backend() != "gpu":
+        return state
+    pin = lambda a: with_layout_constraint(a, Layout(major_to_minor=tuple(range(a.ndim))))  # noqa: E731
+    is_cache = lambda x: isinstance(x, KVCache)  # noqa: E731
+    return jax.tree.map(lambda x: jax.tree.map(pin, x) if is_cache(x) else x, state, is_leaf=is_cache)
 
 
 def roll_back(cache: KVCache, length: jax.Array) -> KVCache:

@@ -41,10 +41,11 @@ def form(cfg: ModelConfig, settings: InferConfig) -> str:
 
 def served(cfg: ModelConfig, params: Params, settings: InferConfig, rows: int = 1) -> Params:
     """The parameters as answers to `rows` requests at a time are computed from them: matrices in low bits in the
-    form that `infer.weights` names, and the layers' arrays apart."""
+    form that `infer.weights` names, others and tables in the computing dtype, and the layers' arrays apart."""
     held, dtype = form(cfg, settings), transformer.compute_dtype(cfg).name
     if held == "codes" and projections.from_config(cfg).ternary_roles() and not cfg.quant_group:
         dtype = coded.carrier(rows, cfg.dim, cfg.mlp_dim)
+    params = projections.at_rest(cfg, params, transformer.compute_dtype(cfg))
     params = projections.hold(cfg, params, held, dtype, settings.impl)
     return transformer.apart(params) if loop.effective_layers(cfg) <= WRITTEN_OUT else params
 

@@ -143,8 +143,8 @@ def repeat(
     """`count` steps one after the other, 1..most: (state behind them, what they found, with an axis [most, ..])."""
 
     def one(i: jax.Array, carry: tuple) -> tuple:
-        state, new = step(carry[0])
-        return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), carry[1], new)
+        state, new = step(caches.in_order(carry[0]))
+        return caches.in_order(state), jax.tree.map(lambda all_, one: all_.at[i].set(one), carry[1], new)
 
     empty = jax.tree.map(lambda a: jnp.zeros((most, *a.shape), a.dtype), jax.eval_shape(step, state)[1])
     return jax.lax.fori_loop(0, count, one, (state, empty))

@@ -74,6 +74,9 @@ def missing() -> str:
         return f"compiling for a card that is not here needs jax 0.11 or newer, this is {jax.__version__}"
     if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
         return "compiling for a card that is not here needs jax's CUDA compiler: pip install 'nanochat_jax[card]'"
+    if jax.config.jax_platforms != "cpu" and jax.default_backend() == "cpu":
+        # jax has looked for the CUDA libraries, and put the plugin away with them.
+        return "compiling for a card that is not here needs JAX_PLATFORMS=cpu in the environment"
     return ""
 
 

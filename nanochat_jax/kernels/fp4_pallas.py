@@ -9,7 +9,7 @@ bounds it is the integer unit of the cores, half as wide as the others: so littl
 `dot` unpacks tiles of the right operand to bfloat16, exactly, and multiplies on the tensor cores; even and
 odd inputs, which share bytes, are multiplied apart, so that nothing is shuffled.
 
-Not yet measured on a GPU: checked in interpret mode and by lowering for CUDA.
+Not yet measured on a GPU: checked in interpret mode, and compiled for cards without one.
 """
 
 import functools
@@ -178,7 +178,7 @@ def _level(index: jax.Array) -> jax.Array:
     return jnp.maximum(0.5 * index, jnp.maximum(index - 2, 2 * index - 8))
 
 
-def _unpacked(codes: jax.Array, plain: bool) -> tuple[jax.Array, jax.Array]:
+def _unpacked(codes: jax.Array, plain: bool) -> tuple[jax.Array, ...]:
     """Levels of the even and of the odd elements, exact in bfloat16, of two codes a byte (uint8).
 
     plain: for XLA and in interpret mode, where subnormal numbers may be taken for zero.

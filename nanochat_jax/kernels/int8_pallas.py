@@ -5,7 +5,7 @@ gives the numbers of `kernels.int8`'s reference, whose rounding it shares; a com
 multiplication and an addition of the optimizer's formulas in one of them and not in the other, which
 moves the last bit.
 
-Not yet measured on a GPU: checked in interpret mode and by lowering for CUDA.
+Not yet measured on a GPU: checked in interpret mode, and compiled for cards without one.
 """
 
 import functools

@@ -4,7 +4,7 @@ The grid counts pairs of tiles (i, j), i <= j, and matrices of the stack: T (T +
 tiles. A program multiplies tile i of the rows of x with tile j of the rows of y, which stand for y's
 columns, and writes the result and its transpose.
 
-Not yet measured on a GPU: checked in interpret mode and by lowering for CUDA.
+Not yet measured on a GPU: checked in interpret mode, and compiled for cards without one.
 """
 
 import functools

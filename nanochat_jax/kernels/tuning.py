@@ -79,7 +79,7 @@ def constants(dtype: Any, rows: int, outputs: int, inputs: int, grouped: bool = 
         bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
         form, bn = "gemm", 128 if rows > 64 or outputs >= 8192 else 64
         tiles = -(-rows // bm) * (outputs // bn)
-        warps = 8 if bm == 64 and (bn == 128 or grouped) else 4
+        warps = 8 if bm == 64 and grouped else 4  # with four, sums and scales do not fit into registers
     split = 1
     while split < 8 and tiles * split < PROGRAMS and split * 2 <= inputs // 256:
         split *= 2
@@ -100,8 +100,8 @@ def candidates(dtype: Any, rows: int) -> list[Blocks]:
         if rows <= 2 and dtype == jnp.int8
     ]  # fmt: skip
     gemm = [
-        Blocks("gemm", bm, bn, s, 8 if bm * bn > 4096 else 4, stages)
-        for bm in ((16,) if rows <= 16 else (64,)) for bn in (32, 64, 128) for s in (1, 2, 4)
+        Blocks("gemm", bm, bn, s, w, stages)
+        for w in ((4, 8) if rows > 16 else (4,)) for bm in ((16,) if rows <= 16 else (64,)) for bn in (32, 64, 128) for s in (1, 2, 4)
         for stages in sorted({2, _stages(dtype, bm, bn)})
     ]  # fmt: skip
     return gemv + gemm

@@ -50,7 +50,7 @@ def compile_step(cfg: Config, device: str = "cpu") -> dict[str, Any]:
 
     Compiled for the named card, if it is not here but its compiler is (`kernels.card`), else for this platform.
     Layers run in a scan, as on a GPU, also where a CPU would run them all at once.
-    Returns: "for", the card's name or the platform; bytes of arguments, temporaries and both, and the predicted
+    Returns: "for", the card's name or the platform, and "instead", why it is not the card; bytes of arguments, temporaries and both, and the predicted
     peak there; "traffic", what each device sends in a step by kind, "sometimes" beyond it, and what is "expected"
     in this dtype.
     Raises: ValueError if the platform's compiler has no memory analysis.
@@ -60,7 +60,9 @@ def compile_step(cfg: Config, device: str = "cpu") -> dict[str, Any]:
 
     if not cfg.model.unroll:
         cfg = fit.changed(cfg, {"model.unroll": layer_period(cfg.model)})
-    away = device in card.CARDS and dispatch.backend() == "cpu" and not card.missing()
+    wanted = device in card.CARDS and dispatch.backend() == "cpu"
+    instead = card.missing() if wanted else ""
+    away = wanted and not instead
     count = cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor
     with card.aimed(device, count) if away else contextlib.nullcontext() as devices:
         parts, backend = program.Parts(cfg, devices=devices), dispatch.backend()
@@ -76,7 +78,7 @@ def compile_step(cfg: Config, device: str = "cpu") -> dict[str, Any]:
     arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     every, sometimes = collectives.exchanged(compiled.as_text(), parts.mesh.size)
     return {
-        "for": device if away else backend, "arguments": arguments, "temporary": temporary, "peak": arguments + temporary,
+        "for": device if away else backend, "instead": instead, "arguments": arguments, "temporary": temporary, "peak": arguments + temporary,
         "predicted": memory.predict(cfg, backend).peak,
         "traffic": every, "sometimes": sometimes, "expected": traffic.predict(cfg, backend),
     }  # fmt: skip
@@ -107,7 +109,7 @@ def text(record: dict[str, Any]) -> str:
         lines.append(
             f"  {'compiled':<12} {xla['peak'] / GIB:8.2f}  by XLA for {xla['for']}: arguments "
             f"{xla['arguments'] / GIB:.2f}, temporary {xla['temporary'] / GIB:.2f}; predicted for it "
-            f"{xla['predicted'] / GIB:.2f} ({off:+.1%})"
+            f"{xla['predicted'] / GIB:.2f} ({off:+.1%})" + f"; {xla['instead']}" * bool(xla["instead"])
         )
     lines += _exchange(record)
     lines += [

@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import struct
@@ -21,6 +22,7 @@ from nanochat_jax.quant.matmul import ACTIVATIONS, GRADIENTS, WEIGHTS, matmul
 from nanochat_jax.types import Key, Params
 
 # Weight matrices of a block, by role; everything else multiplies in full precision.
+TABLES = ("embed", "head", "value/embed")
 BLOCK_ROLES = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 
 
@@ -213,6 +215,20 @@ def forms(cfg: ModelConfig) -> tuple[str, ...]:
     used = {from_config(cfg).precision(role).weight for role in BLOCK_ROLES}
     coded_, packed = used & HELD["codes"].keys(), used & {"ternary", *fp4.FORMATS}
     return ("full", *(["codes"] if coded_ else []), *(["packed"] if packed else []))
+
+
+def at_rest(cfg: ModelConfig, params: Params, dtype: Any) -> Params:
+    """`params` with what the forward pass casts to the computing dtype before anything else in that dtype already:
+    tables, and the blocks' matrices in full precision. The same numbers, and nothing to cast in every step."""
+    cast = {
+        f"{stack}/{role}"
+        for stack, project in by_stack(cfg).items()
+        for role in BLOCK_ROLES
+        if project.precision(role).weight == "full"
+    }.union(TABLES)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: w.astype(dtype) if path_name(path) in cast else w, params
+    )
 
 
 def hold(cfg: ModelConfig, params: Params, form: str, dtype: str, impl: str = "auto") -> Params:

@@ -1,6 +1,7 @@
 """Compiling for a card that is not here. The compilers themselves are behind the marker interop."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,8 @@ def test_what_cannot_be_aimed_at_is_said(monkeypatch):
         away.away("h200")
     with pytest.raises(ConfigError, match=r"--card must be one of rtx4090, .*, got 'gtx'"):
         away.away("gtx")
-    assert report.compile_step(cli.get_config("smoke"), "h200")["for"] == "cpu"  # as if it were not asked for
+    figures = report.compile_step(cli.get_config("smoke"), "h200")
+    assert (figures["for"], figures["instead"]) == ("cpu", "no compiler")
 
 
 def test_what_is_missing(monkeypatch):
@@ -61,6 +63,9 @@ def test_what_is_missing(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
     monkeypatch.setattr(card.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'nanochat_jax[card]'" in card.missing()
+    monkeypatch.setattr(card.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(card.jax, "config", types.SimpleNamespace(jax_platforms=None))
+    assert "needs JAX_PLATFORMS=cpu" in card.missing()
 
 
 def test_the_table_names_what_does_not_compile():

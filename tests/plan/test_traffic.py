@@ -168,6 +168,7 @@ def test_the_report_says_what_is_exchanged():
     record = report.plan(cli.get_config("config_b"), "rtx4090")
     record["xla"] = {
         "for": "rtx4090",
+        "instead": "",
         "arguments": 1,
         "temporary": 1,
         "peak": 2,

@@ -46,6 +46,32 @@ def test_bits_of_the_training_forward(dtype, act):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("quant", ["full", "ternary"])
+@pytest.mark.parametrize("base", [CFG, LOOPED], ids=["plain", "looped"])
+def test_what_is_cast_first_may_rest_cast(quant, base):
+    """In bfloat16: the same bits, tables and full matrices in half the bytes, latent ternary ones and gains as they
+    were."""
+    cfg = dataclasses.replace(base, quant=quant, dtype="bfloat16")
+    params = params_of(cfg)
+    rested = projections.at_rest(cfg, params, jnp.bfloat16)
+    flat = params_lib.flatten(rested)
+    half = {path for path, leaf in flat.items() if leaf.dtype == jnp.bfloat16}
+    assert {"embed", "head"} <= half and ("blocks/attn/q" in half) == (quant == "full")
+    assert not any("scale" in path or "norm" in path for path in half)
+    batch = engine.batch_of(jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.zeros((2,), jnp.int32))
+    project = projections.from_config(cfg)
+
+    def logits(params):
+        hidden = transformer.forward(cfg, project, params, batch).hidden
+        return transformer.logits(cfg, params, hidden)
+
+    want, got = (np.asarray(jax.jit(logits)(p), np.float32) for p in (params, rested))
+    np.testing.assert_array_equal(got, want)
+    exact = dataclasses.replace(cfg, dtype="float32")
+    same = load.served(exact, params, InferConfig(weights="full"))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(same))
+
+
 @pytest.mark.parametrize("act", ["int8", "full"])
 def test_scales_of_groups_equal_float64(act):
     w, x = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(512, 32), (5, 512)]))
