@@ -74,7 +74,9 @@ def run(
 
 
 def _verbose(argv: list[str]) -> bool:
-    return "-v" in argv or bool(re.search(r"(^|\s)--verbosity[= ][1-9]", " ".join(argv)))
+    pairs = zip(argv, [*argv[1:], ""], strict=False)
+    words = (word if word != "--verbosity" else f"{word}={after}" for word, after in pairs)
+    return any(word == "-v" or re.fullmatch(r"--verbosity=[1-9]\d*", word) for word in words)
 
 
 def explain(error: BaseException, verbose: bool = False, who: str = "") -> int | None:

@@ -100,6 +100,11 @@ def test_verbosity_adds_the_traceback(monkeypatch, capsys, words):
     assert "Traceback" in printed and printed.splitlines()[-1].startswith("config error: no key 'x'")
 
 
+@pytest.mark.parametrize("words", [["--prompt=a --verbosity=1"], ["--verbosity=0"], ["--verbosity"], []])
+def test_other_words_do_not(words):
+    assert not cli._verbose(words)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -1,6 +1,7 @@
 """Publish a run, or read one back: python -m nanochat_jax.export --workdir=runs/tiny --out=published"""
 
 import functools
+import signal
 import sys
 from pathlib import Path
 
@@ -31,11 +32,10 @@ def main(cfg: Config, call: cli.Invocation) -> int:
         raise cli.UsageError("--workdir (a run) and either --out (a new directory) or --adopt are needed")
     if call.dry_run and not call.push:
         raise cli.UsageError("--dry_run has no effect without --push=owner/name")
-    if call.out:
-        home, cfg = cli.trained(call)
+    home, cfg = cli.trained(call) if call.out else (home, cfg)
     cli.setup_runtime(cfg, keep_freed=False)
     from nanochat_jax import tokenizer
-    from nanochat_jax.export import adopt, publish
+    from nanochat_jax.export import adopt, folder, publish
     from nanochat_jax.inference import load
 
     if call.adopt:
@@ -43,13 +43,12 @@ def main(cfg: Config, call: cli.Invocation) -> int:
         print(home)
         return 0
     report = functools.partial(print, file=sys.stderr)
-    same = ("dtype", "ternary", "license", "context", "check", "overwrite")
-    kinds = tuple(filter(None, call.gguf.lower().split(",")))
-    options = publish.Options(kinds, name=call.name or call.push, **{name: call.flags[name] for name in same})
+    options = publish.options(call.flags)
     if found := publish.problems(cfg, options):
         raise cli.UsageError("; ".join(found))
-    words = tokenizer.load(home / "tokenizer.json")
-    for line in publish.build(cfg, load.load_params(cfg, home), words, home, out, options, report):
+    folder.need_free(out, options.overwrite)
+    words, params = tokenizer.load(home / "tokenizer.json"), load.load_params(cfg, home)
+    for line in publish.build(cfg, params, words, home, out, options, report):
         report(line)
     publish.upload(out, call.push, not call.public, call.dry_run, report)
     print(out)
@@ -57,4 +56,5 @@ def main(cfg: Config, call: cli.Invocation) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is half written is removed
     cli.run("export", main, FLAGS, needs_config=False)

@@ -30,7 +30,7 @@ def adopt(source: Path, workdir: Path) -> Config:
         raise ExportError(f"the tokenizer has {words.vocab_size} ids, the model {model.vocab_size}")
     loss = (("next_token", 1.0), ("mtp", 0.2)) if model.mtp.depth else TrainConfig().loss
     cfg = Config(name=workdir.name, model=model, train=dataclasses.replace(TrainConfig(), loss=loss))
-    with folder.whole(workdir) as target:
+    with folder.whole(workdir, flag="--workdir") as target:
         words.save(target / "tokenizer.json")
         (target / "config.json").write_text(json.dumps(to_dict(cfg), indent=1) + "\n", encoding="utf-8")
         with checkpoint.Checkpointer(cfg.ckpt, target / "ckpt") as checkpoints:

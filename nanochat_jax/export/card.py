@@ -73,7 +73,7 @@ def _header(cfg: Config, records: Records, name: str, license_id: str, architect
     """The YAML that the hub reads. JSON strings are YAML strings."""
     tags = ["jax", "nanochat_jax", architecture]
     tags += ["ternary", "bitnet", "1.58-bit"] if cfg.model.quant.startswith("ternary") else []
-    tags += ["custom_code"] if architecture == variants.OWN else []
+    tags = list(dict.fromkeys(tags + ["custom_code"] * (architecture == variants.OWN)))
     lines = [
         "---",
         f"license: {json.dumps(license_id)}",
@@ -123,7 +123,7 @@ def _usage(name: str, architecture: str, form: str, ggufs: list[str]) -> str:
     text = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({where})
+tokenizer = AutoTokenizer.from_pretrained({where}{trust})
 model = AutoModelForCausalLM.from_pretrained({where}{trust})
 inputs = tokenizer("def ", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))

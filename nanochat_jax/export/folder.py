@@ -21,18 +21,23 @@ SECRETS = re.compile(
 TEXT = {".json", ".md", ".jinja", ".py", ".jsonl", ".txt", ""}
 
 
+def need_free(out: Path, overwrite: bool = False, flag: str = "--out") -> None:
+    """Raises: ExportError if `out`, which `flag` names, is a file, or not empty, unless overwrite."""
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out} is a file; {flag} names a directory")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        instead = ", or --overwrite" if flag == "--out" else ""
+        raise ExportError(f"{out} is not empty; choose another {flag}{instead}")
+
+
 @contextlib.contextmanager
-def whole(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def whole(out: Path, overwrite: bool = False, flag: str = "--out") -> Iterator[Path]:
     """A temporary sibling of `out` to write into, which becomes `out` when the block ends well.
 
-    On any error it is removed and `out` is what it was before.
-    Raises: ExportError if `out` exists and is not empty, unless overwrite.
+    On any error it is removed and `out` is what it was before. Raises: ExportError, see `need_free`.
     """
     out = out.expanduser().absolute()
-    if out.exists() and not out.is_dir():
-        raise ExportError(f"{out} is a file; --out names a directory")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ExportError(f"{out} is not empty; choose another --out, or --overwrite")
+    need_free(out, overwrite, flag)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)

@@ -44,6 +44,8 @@ def form_of(cfg: ModelConfig, architecture: str, wanted: str) -> str:
 
     Args: wanted: one of FORMS, or "" for the best possible. Raises: ExportError.
     """
+    if wanted and wanted not in FORMS:
+        raise ExportError(f"--ternary must be one of {', '.join(FORMS)}, got '{wanted}'")
     if not cfg.quant.startswith("ternary"):
         if wanted:
             raise ExportError(f"--ternary={wanted} has no effect because model.quant is '{cfg.quant}'")

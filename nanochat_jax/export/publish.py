@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from nanochat_jax.config import Config
 from nanochat_jax.export import card, check, folder, gguf, hf, push, records, tokenization, variants
@@ -27,6 +29,14 @@ class Options:
     overwrite: bool = False
 
 
+def options(flags: Mapping[str, Any]) -> Options:
+    """Of a command's flags: those of the same names; gguf with commas, and the name of the hub's repository if there
+    is no other."""
+    kinds = tuple(dict.fromkeys(filter(None, flags["gguf"].lower().split(","))))
+    same = {name: flags[name] for name in ("dtype", "ternary", "license", "context", "check", "overwrite")}
+    return Options(kinds, name=flags["name"] or flags["push"], **same)
+
+
 def problems(cfg: Config, options: Options) -> list[str]:
     """Why this model cannot be exported so, before anything is read or written; [] if it can."""
     found = variants.unsupported(cfg.model)
@@ -37,6 +47,10 @@ def problems(cfg: Config, options: Options) -> list[str]:
             found = [str(error)]
     if options.dtype not in hf.DTYPES:
         found.append(f"--dtype must be one of {', '.join(hf.DTYPES)}, got '{options.dtype}'")
+    if options.context < 0:
+        found.append(f"--context must be positive, or 0 for training's, got {options.context}")
+    if options.gguf and importlib.util.find_spec("gguf") is None:
+        found.append("--gguf needs the export extra: pip install 'nanochat_jax[export]'")
     for kind in options.gguf:
         if kind not in gguf.TYPES:
             found.append(f"--gguf: '{kind}' is none of {', '.join(gguf.TYPES)}")

@@ -41,10 +41,11 @@ def main(cfg: Config, call: cli.Invocation) -> int:
         ran, tell = [], []
         text = load.sampler(cfg, home, settings, ran, tell)
         prompt = call.prompt or cfg.eval.prompt
-        sys.stdout.write(prompt)
+        before = prompt  # written with the first piece: a prompt that is refused has none
         for piece in text(prompt, call.seed):
-            sys.stdout.write(piece)
+            sys.stdout.write(before + piece)
             sys.stdout.flush()
+            before = ""
     except BrokenPipeError:
         return 0
     print()

@@ -32,6 +32,10 @@ def main(cfg: Config, call: cli.Invocation) -> int:
     home, cfg = cli.trained(call)
     if wrong := next((name for name in ("slots", "max_queue", "deadline") if call.flags[name] <= 0), ""):
         raise cli.UsageError(f"--{wrong} must be positive, got {call.flags[wrong]}")
+    if call.drain < 0:
+        raise cli.UsageError(f"--drain must not be negative, got {call.drain:g}")
+    if not 0 <= call.port < 2**16:
+        raise cli.UsageError(f"--port must be 0 to 65535, got {call.port}")
     given = {"capacity": 0, "weights": "", "draft_tokens": -1, "draft_loops": -1}
     changes = {name: call.flags[name] for name, absent in given.items() if call.flags[name] != absent}
     infer = resolve({**to_dict(cfg), "infer": {**dataclasses.asdict(cfg.infer), **changes}}).infer

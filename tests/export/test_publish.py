@@ -15,7 +15,7 @@ from nanochat_jax import checkpoint, cli
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import Config, DataConfig, EvalConfig, resolve, to_dict
 from nanochat_jax.export import __main__ as command
-from nanochat_jax.export import card, check, folder, gguf, importer, publish, push, records
+from nanochat_jax.export import card, check, folder, gguf, importer, publish, push, records, variants
 from nanochat_jax.export.variants import ExportError
 from nanochat_jax.inference import load
 from nanochat_jax.types import TrainState
@@ -254,7 +254,7 @@ def test_the_command(run, monkeypatch, capsys):
     assert (np.asarray(back["blocks"]["attn"]["q"]) == params["blocks"]["attn"]["q"]).all()
     assert tokenizers.load(new / "tokenizer.json").encode("text") == BYTES.encode("text")
     status, _, said = call(monkeypatch, capsys, f"--workdir={new}", f"--adopt={out}")
-    assert status == 1 and "is not empty" in said
+    assert status == 1 and "is not empty; choose another --workdir\n" in said
 
 
 @pytest.mark.parametrize(
@@ -347,6 +347,36 @@ def test_the_hub_has_what_is_asked_of_it():
     assert {"folder_path", "repo_id", "commit_message"} <= set(
         inspect.signature(hub.upload_folder).parameters
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ternary": "foo"}, "--ternary must be one of packed, dequantized, latent, got 'foo'"),
+        ({"context": -3}, "--context must be positive, or 0 for training's, got -3"),
+        ({"dtype": "int8"}, "--dtype must be one of"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_read(run, changes, said):
+    cfg, params, home, out = run
+    found = publish.problems(cfg, dataclasses.replace(QUICK, **changes))
+    assert len(found) == 1 and said in found[0]
+    with pytest.raises(ExportError, match=re.escape(said)):
+        publish.build(cfg, params, BYTES, home, out, dataclasses.replace(QUICK, **changes))
+    assert not out.exists()
+
+
+def test_a_missing_gguf_package_is_said_first(run, monkeypatch):
+    monkeypatch.setattr(publish.importlib.util, "find_spec", lambda name: None)
+    found = publish.problems(run[0], dataclasses.replace(QUICK, gguf=("f32",)))
+    assert "pip install 'nanochat_jax[export]'" in found[0]
+
+
+def test_the_cards_own_lines_ask_nothing():
+    """Models with their own code: the tokenizer is loaded with the same consent as the model."""
+    text = card._usage("me/small", variants.OWN, "dequantized", [])
+    assert text.count("trust_remote_code=True") == 2
+    assert "trust_remote_code" not in card._usage("me/small", "qwen3", "packed", [])
 
 
 def test_records_that_are_damaged(tmp_path):

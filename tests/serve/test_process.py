@@ -73,7 +73,7 @@ def test_a_dead_model_ends_the_process(monkeypatch, caplog):
 
 
 def test_a_taken_port(monkeypatch):
-    with run.listen("127.0.0.1", 0) as taken, pytest.raises(OSError, match="in use"):
+    with run.listen("127.0.0.1", 0) as taken, pytest.raises(OSError, match=r"in use: 127\.0\.0\.1 port \d+"):
         run.listen("127.0.0.1", taken.getsockname()[1])
 
 
@@ -110,6 +110,8 @@ def test_commands(workdir, child_env):
         ([f"--workdir={workdir}/no"], "is not a run: it has no config.json"),
         ([f"--workdir={workdir}", "--host=0.0.0.0"], "without an API key"),
         ([f"--workdir={workdir}", "--slots=0"], "--slots must be positive"),
+        ([f"--workdir={workdir}", "--port=99999"], "--port must be 0 to 65535, got 99999"),
+        ([f"--workdir={workdir}", "--drain=-5"], "--drain must not be negative, got -5"),
     ):
         done = subprocess.run(command("serve", *words), env=child_env, capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr
