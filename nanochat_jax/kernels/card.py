@@ -72,7 +72,11 @@ def missing() -> str:
     """Why no card can be aimed at here, in one sentence; "" if one can."""
     if jax.__version_info__ < (0, 11):
         return f"compiling for a card that is not here needs jax 0.11 or newer, this is {jax.__version__}"
-    if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
+    # The namespace is there with the first plugin.
+    installed = importlib.util.find_spec("jax_plugins") and any(
+        importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
+    )
+    if not installed:
         return "compiling for a card that is not here needs jax's CUDA compiler: pip install 'nanochat_jax[card]'"
     if jax.config.jax_platforms != "cpu" and jax.default_backend() == "cpu":
         # jax has looked for the CUDA libraries, and put the plugin away with them.

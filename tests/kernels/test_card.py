@@ -61,7 +61,12 @@ def test_what_is_missing(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     assert "needs jax 0.11 or newer" in card.missing()
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
-    monkeypatch.setattr(card.importlib.util, "find_spec", lambda name: None)
+    real = card.importlib.util.find_spec
+
+    def find(name):  # as where no plugin is installed
+        return None if name == "jax_plugins" else real(name)
+
+    monkeypatch.setattr(card.importlib.util, "find_spec", find)
     assert "pip install 'nanochat_jax[card]'" in card.missing()
     monkeypatch.setattr(card.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(card.jax, "config", types.SimpleNamespace(jax_platforms=None))
