@@ -296,6 +296,7 @@ def make_eval_nll(cfg: Config) -> Callable[[Params, Batch], Any]:
 
 def _token_statistics(cfg, chunk, hidden_BLD, head_DV, targets_BL):
     """STATISTICS of each token, float32 [B, L], in chunks of the sequence."""
+    head_DV = head_DV.astype(hidden_BLD.dtype)
 
     def step(_, piece):
         h, target = piece
@@ -348,7 +349,8 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _logits(cfg, hidden, head):
-    raw = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    """(softcapped, padding masked too), float32; the head in the dtype of the hidden states."""
+    raw = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     capped = transformer.softcap(cfg, raw)
     return capped, transformer.mask_padding(cfg, capped)
 
@@ -388,6 +390,7 @@ def _weighted(cfg, chunk, hidden, head, targets, weights, grads):
 def _total(cfg, chunk, weight_of, hidden, head, targets, weights, grads, keep=()):
     """((total, sums), (d_hidden, d_head), kept statistics), with or without the leading axis M."""
     d_head = jnp.zeros(head.shape, jnp.float32) if grads else None
+    head = head.astype(hidden.dtype)  # here and not in every chunk: XLA would cast it there again and again
 
     def walk(d_head, piece):
         h, target, weight = piece
@@ -419,7 +422,7 @@ def _scan(cfg, chunk, weight_of, hidden, head, targets, weights, d_head, keep):
         if cfg.softcap:
             dz = dz * (1 - jnp.square(capped / cfg.softcap))
         dz = dz.astype(h.dtype)
-        d_hidden = jnp.matmul(dz, head.astype(h.dtype).T)
+        d_hidden = jnp.matmul(dz, head.T)
         flat_h, flat_dz = h.reshape(-1, h.shape[-1]), dz.reshape(-1, dz.shape[-1])
         d_head = d_head + jnp.matmul(flat_h.T, flat_dz, preferred_element_type=jnp.float32)
         return (sums, d_head), (d_hidden, kept)

@@ -41,6 +41,25 @@ def plain(cfg, coefficients, hidden, head, targets, weights):
     return sum(c * jnp.sum(weights * statistics[name]) for name, c in coefficients)
 
 
+@pytest.mark.parametrize("grads", [False, True])
+def test_the_head_is_cast_before_the_chunks(grads):
+    """In bfloat16: no chunk casts it again, and loss and gradients are those of the head cast by hand."""
+    hidden, head, targets, weights = case()
+    hidden = hidden.astype(jnp.bfloat16)
+
+    def loss(hidden, head):
+        given = (CFG, 4, (("nll", 1.0), ("z", 0.0), ("entropy", 0.0)), hidden, head, targets, weights)
+        return losses.token_loss(*given)[0]
+
+    run = jax.grad(loss, (0, 1)) if grads else loss
+    program = jax.make_jaxpr(run)(hidden, head)
+    before, _, inside = str(program).partition("scan[")
+    cast = "bf16[16,128] = convert_element_type"
+    assert cast in before and inside and cast not in inside
+    same = run(hidden, head.astype(jnp.bfloat16).astype(jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, run(hidden, head), same)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("chunk", [2, 7, 24, 1000])
 @pytest.mark.parametrize("mix", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.1, -0.3)])

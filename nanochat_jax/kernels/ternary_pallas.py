@@ -25,6 +25,7 @@ from nanochat_jax.kernels.tuning import Blocks
 
 GROUP, PLANE = 256, 64  # as in kernels.ternary
 WORD = 16  # codes of a word
+MASK = 0x03030303  # the lowest code of each byte of a word
 GEMV_ROWS = 2  # rows whose four sums per output still fit in registers
 MIN_OUTPUTS = 16  # the least width of a tensor core's tile
 # A code in the lowest bits of bfloat16's exponent is code * 2^-126; activations come times RAISED, so that
@@ -209,9 +210,6 @@ def _gemm(
     total = jax.lax.fori_loop(*_bounds(groups, parts), step, jnp.zeros(out_ref.shape, out_ref.dtype))
     real = jax.lax.broadcasted_iota(jnp.int32, total.shape, 0) + pl.program_id(0) * len(total) < rows
     plt.store(out_ref.at[...], total, mask=real if rows % len(total) else None)
-
-
-MASK = 0x03030303  # the lowest code of each byte of a word
 
 
 def _operand(packed: jax.Array, j: int, dtype, interpret: bool) -> jax.Array:
