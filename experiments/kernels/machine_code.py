@@ -3,10 +3,10 @@
     python experiments/kernels/machine_code.py --card=h200 --nvdisasm=<path> > machine_code_h200.json
 
 Needs the extra `card`, `pip install cramjam`, and nvdisasm and cuobjdump, which CUDA's toolkit and the wheel of
-Triton have. Nothing runs: the counts are those of the loop's body (or of the whole kernel where it has no loop)
-over the elements (of a product of packed weights: weights) that a thread treats in it, so branches count as taken once. A card's ALU pipe takes half of the
-instructions that it can issue: integer and logical ones, shifts, comparisons, conversions; multiplications and
-additions of floats, and integer multiplications, go to others.
+Triton have. Nothing runs: the counts are those of the loop's body, or of the whole kernel where it has no loop,
+over the elements (of a product of packed weights: weights) that a thread treats in it, so branches count as
+taken once. A card's ALU pipe takes half of the instructions that it can issue: integer and logical ones, shifts,
+comparisons, conversions; multiplications and additions of floats, and integer multiplications, go to others.
 
 How the machine code is found: XLA's serialized executable is a file of records (Riegeli, compressed with Snappy)
 within such a file; the programs in it are ELF files. That is no stable format (jaxlib 0.11.2).
@@ -14,6 +14,7 @@ within such a file; the programs in it are ELF files. That is no stable format (
 
 import argparse
 import collections
+import datetime
 import json
 import math
 import os
@@ -37,7 +38,8 @@ from nanochat_jax.kernels import card, tuning
 BLOCK, BLOCK_HEADER = 1 << 16, 24
 SIGNATURE = b"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f"  # how a file of records begins
 ALU = ("LOP3", "SHF", "SHL", "SHR", "IADD3", "VIADD", "PRMT", "IDP", "ISETP", "SEL", "FSETP", "FSEL", "FMNMX",
-       "FMNMX3", "IMNMX", "VIMNMX", "VIMNMX3", "LEA", "I2F", "I2FP", "F2I", "FRND", "POPC", "BFE", "ICMP", "F2F", "F2FP", "MUFU")  # fmt: skip
+       "FMNMX3", "IMNMX", "VIMNMX", "VIMNMX3", "LEA", "I2F", "I2FP", "F2I", "FRND", "POPC", "BFE", "ICMP", "F2F",
+       "F2FP", "MUFU")  # fmt: skip
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -93,7 +95,8 @@ def programs(compiled: jax.stages.Compiled) -> Iterator[bytes]:
 
 
 def read(program: bytes, nvdisasm: Path) -> dict | None:
-    """None of a program that is constants only; else name, registers, spilled bytes, number of instructions, and each loop's, by kind."""
+    """None of a program that is constants only; else name, registers, spilled bytes, number of instructions, and each
+    loop's, by kind."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(program)
         file.flush()
@@ -167,7 +170,13 @@ def main() -> None:
                 if "product" not in operation or operation.startswith("ternary"):
                     row |= counted(body, elements(operation, size, compiled.as_text()))
                 rows.append(row)
-    print(json.dumps({"card": flags.card, "jax": jax.__version__, "rows": rows}, indent=1))
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "card": flags.card,
+        "jax": jax.__version__,
+        "rows": rows,
+    }
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def _other(operation: operations.Operation, size: tuple) -> Callable[[], tuple]:
 def away(name: str, small: bool = False) -> dict[str, Any]:
     """Compile all `programs` for one card. JSON-able.
 
-    Returns: rows of operation, size, "seconds", whether it "spills" registers to memory, bytes of "arguments", "outputs" and "temporary", and "problem",
-    "" where there is none.
+    Returns: rows of operation, size, "seconds", whether it "spills" registers to memory, bytes of "arguments",
+    "outputs" and "temporary", and "problem", "" where there is none; "status" 1 if there is one.
     Raises: ConfigError for an unknown card, or where its compiler is not installed.
     """
     if name not in card.CARDS:

@@ -42,6 +42,8 @@ def telemetry(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
 
 def kernels(cfg: Config, flags: Any) -> tuple[dict[str, Any], str]:
     """Correctness and speed of every kernel, or whether they compile for another card. Flags: write, card."""
+    if flags.card and flags.write:
+        raise ConfigError("--write has no effect with --card, which times nothing")
     if flags.card:
         record = elsewhere.away(flags.card)
         return record, elsewhere.table(record)

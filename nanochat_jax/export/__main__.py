@@ -27,7 +27,7 @@ FLAGS = {
 
 def main(cfg: Config, call: cli.Invocation) -> int:
     """Export the run in --workdir (its own config, unless --config is given) to --out."""
-    home, out = Path(call.workdir), Path(call.out)
+    home, out = Path(call.workdir), Path(call.out).expanduser()
     if not call.workdir or bool(call.out) == bool(call.adopt):
         raise cli.UsageError("--workdir (a run) and either --out (a new directory) or --adopt are needed")
     if call.dry_run and not call.push:

@@ -44,7 +44,10 @@ def fastest(impls: Mapping[str, Callable[..., Any]], arguments: Callable[[], tup
     For implementations with identical results only: the choice may differ between processes.
     Args: arguments: makes the arguments that every implementation is timed with. Call this outside
     of a jit trace, or inside one: the probe compiles and runs on concrete arrays either way.
+    Raises: RuntimeError while programs are traced for devices that are not here.
     """
+    if away():
+        raise RuntimeError("nothing can be timed on a device that is not here")
     with jax.ensure_compile_time_eval():
         # On the device, or each call would bring them there.
         concrete = jax.block_until_ready(jax.device_put(jax.tree.map(np.asarray, arguments())))
@@ -83,6 +86,11 @@ def aimed_at(devices: Sequence[Any]) -> Iterator[None]:
 def devices() -> list[Any]:
     """The devices that programs are traced for: all of them, the default one first."""
     return list(_AIM.get() or jax.devices())
+
+
+def away() -> bool:
+    """Whether those devices are not here, so that nothing can be tried on them."""
+    return bool(_AIM.get())
 
 
 def backend() -> str:
@@ -149,8 +157,8 @@ def refuse(check: str, placed: bool = False) -> None:
 
 
 def verdict(check: str) -> str:
-    """Of `probe`; that it passes, of devices that are not here."""
-    return "" if _AIM.get() else probe(check)
+    """The answer of `probe`; "" for devices that are not here."""
+    return "" if away() else probe(check)
 
 
 _CHILD = """

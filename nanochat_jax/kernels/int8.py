@@ -136,7 +136,10 @@ def _uniform(key: Key, shape: tuple[int, ...]) -> jax.Array:
 
 
 def position(size: jax.Array, code: str) -> jax.Array:
-    """Number of the level, with fractions in between, of entries in units of the scale; not for "linear"."""
+    """Number of the level, with fractions in between, of entries in units of the scale.
+
+    Args: size: float32, any shape; magnitudes for "dynamic", values for "dynamic_unsigned". code: in LEVELS.
+    """
     *concave, last = [a * size + b for a, b in LINES[code]]
     # Only the gap before the last level, 1, is narrower than the one before it.
     return jnp.maximum(functools.reduce(jnp.minimum, concave), last)
@@ -146,12 +149,15 @@ def to_codes(
     multiples: jax.Array,
     code: str,
     offset: jax.typing.ArrayLike,
-    position: Callable[[jax.Array, str], jax.Array] = position,
+    place: Callable[[jax.Array, str], jax.Array] = position,
 ) -> jax.Array:
-    """Codes of entries in units of the scale; offset 1/2 rounds to nearest, uniform in [0, 1) at random."""
+    """Codes of entries in units of the scale; offset 1/2 rounds to nearest, uniform in [0, 1) at random.
+
+    place: `position`, or a kernel's form of it.
+    """
     if code == "linear":
         return jnp.clip(jnp.floor(multiples + offset), -127, 127).astype(jnp.int8)
-    level = jnp.floor(position(jnp.abs(multiples) if code == "dynamic" else multiples, code) + offset)
+    level = jnp.floor(place(jnp.abs(multiples) if code == "dynamic" else multiples, code) + offset)
     if code == "dynamic":
         level = _ZERO + jnp.sign(multiples) * level
     return jnp.clip(level, 0, 255).astype(jnp.uint8)

@@ -64,9 +64,14 @@ IMPLS = {
 }
 
 
-@functools.cache
 def preferred() -> str:
-    """The carrier that is fastest on the default device (probed once per process)."""
+    """The carrier that is fastest on the default device (probed once per process); of one that is not here, the
+    first, which a card with 8-bit units wants."""
+    return next(iter(IMPLS)) if dispatch.away() else _timed()
+
+
+@functools.cache
+def _timed() -> str:
     rng = np.random.default_rng(0)
     # On a GPU a small product times the launch; on a CPU a square one is not what tokens make of it.
     rows, inputs, outputs = (2048, 256, 1024) if dispatch.backend() == "cpu" else (4096, 4096, 4096)

@@ -5,8 +5,8 @@ What limits few rows is how many instructions a weight costs, not only its two b
 four weights a byte faster than it could take them apart one by one. So weights are taken apart as
 words of 32 bits. `gemv` masks 16 codes out of a word and multiplies four at a time with four
 activations (dp4a): about 0.6 instructions a weight. `gemm` turns words into the operands of tensor
-cores, int8 or bfloat16, without a conversion: about 0.8 and 2. Both multiply with codes, t + 1, and
-take the sum of the activations off again. Either cuts the inputs into `split_k` parts, summed
+cores, int8 or bfloat16, without a conversion: 0.8 to 1.6 and 1.9 to 2.7. Both multiply with codes,
+t + 1, and take the sum of the activations off again. Either cuts the inputs into `split_k` parts, summed
 afterwards in a fixed order, so that few rows still fill the device and results repeat.
 
 Not yet measured on a GPU: checked in interpret mode, and compiled for cards without one; the counts

@@ -35,8 +35,9 @@ def divide(a: jax.Array, b: jax.Array, interpret: bool) -> jax.Array:
 def divide_many(a: jax.Array, b: jax.Array, inverse: jax.Array, interpret: bool) -> jax.Array:
     """`divide` by b in [1, 2), inverse = divide(1, b), in three instructions; for a = 0 or at least 2^-100.
 
-    The product with a correctly rounded inverse is at most an ulp off, its remainder is exact, and correcting
-    by that gives the correctly rounded quotient (P. Markstein, IBM J. Res. Dev. 34, 1990).
+    The product with a correctly rounded inverse is about an ulp off, its remainder is exact, and correcting by
+    that gives the correctly rounded quotient (P. Markstein, IBM J. Res. Dev. 34, 1990; the tests compare).
+    Smaller a may be an ulp off.
     """
     if interpret:
         return a / b

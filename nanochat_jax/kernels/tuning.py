@@ -101,7 +101,8 @@ def candidates(dtype: Any, rows: int) -> list[Blocks]:
     ]  # fmt: skip
     gemm = [
         Blocks("gemm", bm, bn, s, w, stages)
-        for w in ((4, 8) if rows > 16 else (4,)) for bm in ((16,) if rows <= 16 else (64,)) for bn in (32, 64, 128) for s in (1, 2, 4)
+        for bm, warps in (((16, (4,)),) if rows <= 16 else ((64, (4, 8)),)) for w in warps
+        for bn in (32, 64, 128) for s in (1, 2, 4)
         for stages in sorted({2, _stages(dtype, bm, bn)})
     ]  # fmt: skip
     return gemv + gemm

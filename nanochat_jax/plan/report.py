@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from typing import Any
 
 from nanochat_jax.config import Config, layer_period
@@ -50,8 +51,8 @@ def compile_step(cfg: Config, device: str = "cpu") -> dict[str, Any]:
 
     Compiled for the named card, if it is not here but its compiler is (`kernels.card`), else for this platform.
     Layers run in a scan, as on a GPU, also where a CPU would run them all at once.
-    Returns: "for", the card's name or the platform, and "instead", why it is not the card; bytes of arguments, temporaries and both, and the predicted
-    peak there; "traffic", what each device sends in a step by kind, "sometimes" beyond it, and what is "expected"
+    Returns: "for", the card's name or the platform, and "instead", why it is not the card; bytes of arguments,
+    temporaries and both, and the predicted peak there; "traffic", what each device sends in a step by kind, "sometimes" beyond it, and what is "expected"
     in this dtype.
     Raises: ValueError if the platform's compiler has no memory analysis.
     """
@@ -61,9 +62,9 @@ def compile_step(cfg: Config, device: str = "cpu") -> dict[str, Any]:
     if not cfg.model.unroll:
         cfg = fit.changed(cfg, {"model.unroll": layer_period(cfg.model)})
     wanted = device in card.CARDS and dispatch.backend() == "cpu"
-    instead = card.missing() if wanted else ""
+    instead = card.missing() if wanted else "" if device == dispatch.backend() else "a GPU is here"
     away = wanted and not instead
-    count = cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor
+    count, began = cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor, time.perf_counter()
     with card.aimed(device, count) if away else contextlib.nullcontext() as devices:
         parts, backend = program.Parts(cfg, devices=devices), dispatch.backend()
         if away:
@@ -72,13 +73,14 @@ def compile_step(cfg: Config, device: str = "cpu") -> dict[str, Any]:
             )
         else:
             compiled = parts.step.lower(parts.target, program.batch_shapes(cfg)).compile()
-    analysis = compiled.memory_analysis()
+    analysis, seconds = compiled.memory_analysis(), time.perf_counter() - began
     if analysis is None:
         raise ValueError(f"no memory analysis on platform {backend}")
     arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     every, sometimes = collectives.exchanged(compiled.as_text(), parts.mesh.size)
     return {
-        "for": device if away else backend, "instead": instead, "arguments": arguments, "temporary": temporary, "peak": arguments + temporary,
+        "for": device if away else backend, "instead": instead, "seconds": round(seconds, 1),
+        "arguments": arguments, "temporary": temporary, "peak": arguments + temporary,
         "predicted": memory.predict(cfg, backend).peak,
         "traffic": every, "sometimes": sometimes, "expected": traffic.predict(cfg, backend),
     }  # fmt: skip

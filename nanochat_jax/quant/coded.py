@@ -50,11 +50,15 @@ class CodedTernary:
         return self.codes.ndim
 
 
-@functools.cache
 def carrier(rows: int, inputs: int, outputs: int) -> str:
     """The dtype in which products of so many rows run fastest here: the name of an implementation in
-    `kernels.integer`, whose results are all the same. Tried once per process and sizes."""
+    `kernels.integer`, whose results are all the same. Tried once per process and sizes; not on devices that are
+    not here."""
+    return integer.preferred() if dispatch.away() else _tried(rows, inputs, outputs)
 
+
+@functools.cache
+def _tried(rows: int, inputs: int, outputs: int) -> str:
     def product(name: str):
         return lambda q, ts: [integer.integer_matmul(q, t, impl=name) for t in ts[name]]
 

@@ -21,8 +21,8 @@ from nanochat_jax.quant import coded, fp4_packed, pack, rounded, ternary
 from nanochat_jax.quant.matmul import ACTIVATIONS, GRADIENTS, WEIGHTS, matmul
 from nanochat_jax.types import Key, Params
 
+TABLES = ("embed", "head", "value/embed")  # which the forward pass casts before it reads them
 # Weight matrices of a block, by role; everything else multiplies in full precision.
-TABLES = ("embed", "head", "value/embed")
 BLOCK_ROLES = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 
 
@@ -219,7 +219,10 @@ def forms(cfg: ModelConfig) -> tuple[str, ...]:
 
 def at_rest(cfg: ModelConfig, params: Params, dtype: Any) -> Params:
     """`params` with what the forward pass casts to the computing dtype before anything else in that dtype already:
-    tables, and the blocks' matrices in full precision. The same numbers, and nothing to cast in every step."""
+    tables, and the blocks' matrices in full precision. The same numbers, and nothing to cast in every step.
+
+    Returns: a new tree; every other leaf is shared with the old one.
+    """
     cast = {
         f"{stack}/{role}"
         for stack, project in by_stack(cfg).items()

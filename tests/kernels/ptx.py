@@ -43,6 +43,14 @@ def _fma_pairs(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return (a * b + c).astype(ml_dtypes.bfloat16).view(np.uint32)[..., 0]
 
 
+def _add_down(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    exact = a.view(np.float32).astype(np.float64) + b.view(
+        np.float32
+    )  # of numbers between 2^-20 and 2^30: exact
+    near = exact.astype(np.float32)
+    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near).view(np.uint32)
+
+
 INSTRUCTIONS = {
     "mov.b32": lambda a: a,
     "or.b32": np.bitwise_or,
@@ -52,6 +60,7 @@ INSTRUCTIONS = {
     "fma.rn.f32": _floats(lambda a, b, c: a * b + c),
     "div.rn.f32": _floats(lambda a, b: a / b),
     "fma.rn.bf16x2": _fma_pairs,
+    "add.rm.f32": _add_down,
     "and.b32": np.bitwise_and,
     "shr.b32": np.right_shift,
     "shl.b32": np.left_shift,

@@ -1,6 +1,7 @@
 """Compiling for a card that is not here. The compilers themselves are behind the marker interop."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -13,6 +14,7 @@ from nanochat_jax.config import ConfigError
 from nanochat_jax.kernels import card, dispatch, integer, ternary, ternary_pallas, tuning
 from nanochat_jax.plan import report
 from nanochat_jax.plan.devices import DEVICES
+from nanochat_jax.quant import coded
 
 needs_compiler = pytest.mark.skipif(bool(card.missing()), reason=card.missing() or "-")
 triton_is_deprecated = pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
@@ -41,6 +43,19 @@ def test_aiming_answers_as_the_devices_would_and_ends(monkeypatch):
     assert dispatch.backend() == "cpu"
     with dispatch.aimed_at([Device()] * 2):
         assert not dispatch.whole()
+
+
+def test_nothing_is_timed_for_devices_that_are_not_here():
+    """Nor does an answer found here, or there, hold for the other."""
+    here = integer.preferred()
+    q, t = jnp.ones((32, 64), jnp.int8), jnp.ones((64, 32), jnp.int8)
+    with dispatch.aimed_at([Device()]):
+        assert integer.preferred() == coded.carrier(3, 64, 32) == "int8"
+        program = str(jax.make_jaxpr(lambda q, t: integer.integer_matmul(q, t))(q, t))
+        with pytest.raises(RuntimeError, match="nothing can be timed"):
+            dispatch.fastest(integer.IMPLS, lambda: (q, t))
+    assert "preferred_element_type=int32" in program
+    assert integer.preferred() == here
 
 
 def test_what_cannot_be_aimed_at_is_said(monkeypatch):
@@ -148,15 +163,24 @@ def test_all_tiles_of_the_search_fit(name, dtype, grouped):
 @needs_compiler
 @triton_is_deprecated
 def test_integer_products_of_training_are_integer_products_there():
-    """Not widened to int32 or float32 first: the operands reach the product in 8 bits."""
+    """Not widened first: the operands of the product have 8 bits. Widened by hand, they have not."""
     q, t = (jax.ShapeDtypeStruct((1024, 1024), jnp.int8) for _ in range(2))
     with card.aimed("h200") as devices:
-        run = jax.jit(lambda q, t: integer.integer_matmul(q, t))
-        text = card.compiled(run, q, t, mesh=card.alone(devices), spills=True).as_text()
-    products = [
-        line for line in text.splitlines() if " dot(" in line or ("gemm" in line and "custom-call" in line)
-    ]
-    assert products and not any("bf16[" in line or "f32[1024" in line for line in products), products
+        mesh = card.alone(devices)
+        taken = card.compiled(
+            jax.jit(lambda q, t: integer.integer_matmul(q, t)), q, t, mesh=mesh, spills=True
+        )
+        wide = jax.jit(lambda q, t: jnp.matmul(q.astype(jnp.float32) + 1, t.astype(jnp.float32) + 1))
+        widened = card.compiled(wide, q, t, mesh=mesh, spills=True)
+    assert operands(taken) == {"s8"} and operands(widened) == {"f32"}
+
+
+def operands(compiled):
+    """Types of what is multiplied in a compiled program."""
+    text = compiled.as_text()
+    products = re.findall(r"(?:dot|custom-call)\(([^)]*)\).*?(?:contracting_dims|cublas|gemm)", text)
+    names = {name.strip().lstrip("%").split("%")[-1] for each in products for name in each.split(",")[:2]}
+    return {kind for name in names for kind in re.findall(rf"%?{re.escape(name)} = (\w+)\[", text)}
 
 
 @pytest.mark.interop

@@ -307,6 +307,25 @@ def test_quotients_by_a_corrected_reciprocal_are_exactly_rounded(monkeypatch):
     np.testing.assert_array_equal(triton.divide_many(a, b, inverse, interpret=False), a / b)
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_codes_are_found_as_in_interpret_mode(noisy, monkeypatch):
+    """Near the middles between levels and at the levels, where an ulp decides."""
+    rng = np.random.default_rng(0)
+    near = rng.choice(np.float32([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7]), 50_000)
+    a = near + rng.choice(np.float32([0, 0, 1e-3, -1e-3, 2.0**-22, -(2.0**-22)]), len(near)) * near
+    bits = rng.integers(0, 2**32, len(near), dtype=np.uint32)
+
+    def codes(array, interpret):
+        if noisy:
+            return fp4_pallas._stochastic(array(a), array(bits), interpret)
+        return fp4_pallas._nearest(array(a), interpret)
+
+    want = np.asarray(codes(jnp.asarray, True))
+    monkeypatch.setattr(triton, "plt", ptx.Primitives())
+    monkeypatch.setattr(triton, "jnp", np)
+    np.testing.assert_array_equal(np.asarray(codes(np.asarray, False)), want)
+
+
 # --- lowering
 
 

@@ -130,6 +130,7 @@ def test_values_that_are_not_finite_stay_visible(bad):
     [
         ((4, 200), 128, "blocks of 128 do not divide rows of 200"),
         ((4, 200), 100, "blocks of 100 are no power of two from 16 to 65536"),
+        ((1, 1 << 17), 1 << 17, "blocks of 131072 are no power of two from 16 to 65536"),
         ((4, 64), 8, "blocks of 8 are no power of two from 16 to 65536"),
     ],
 )
