@@ -30,8 +30,7 @@ CUDNN, CUDA = (9, 12), (13, 0)
 
 class Card(NamedTuple):
     """A card as its compiler sees it. capability: (major, minor). shared: bytes of shared memory that a program
-    may have, and that a multiprocessor has. threads, lanes: of a
-    multiprocessor at once. l2, memory: bytes.
+    may have, and that a multiprocessor has. threads, lanes: of a multiprocessor at once. l2, memory: bytes.
     bandwidth: bytes/s. clock: GHz."""
 
     kind: str

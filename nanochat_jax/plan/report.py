@@ -51,9 +51,9 @@ def compile_step(cfg: Config, device: str = "cpu") -> dict[str, Any]:
 
     Compiled for the named card, if it is not here but its compiler is (`kernels.card`), else for this platform.
     Layers run in a scan, as on a GPU, also where a CPU would run them all at once.
-    Returns: "for", the card's name or the platform, and "instead", why it is not the card; bytes of arguments,
-    temporaries and both, and the predicted peak there; "traffic", what each device sends in a step by kind, "sometimes" beyond it, and what is "expected"
-    in this dtype.
+    Returns: "for", the card's name or the platform, and "instead", why it is not the card; "seconds" of compiling;
+    bytes of arguments, temporaries and both, and the predicted peak there; "traffic", what each device sends in a
+    step by kind, "sometimes" beyond it, and what is "expected" in this dtype.
     Raises: ValueError if the platform's compiler has no memory analysis.
     """
     from nanochat_jax.kernels import card, dispatch
