@@ -269,7 +269,7 @@ def test_batches_made_elsewhere_are_those_of_the_pipeline(made, monkeypatch):
     class Parts:
         target, step = None, None
 
-        def __init__(self, cfg):
+        def __init__(self, cfg, devices=None):
             self.step = self
 
         def lower(self, target, batch):
